@@ -1,0 +1,20 @@
+"""pyarch makes the PyTorch models people already have faster: `pyarch.swap(model)`.
+
+Attention, recurrent and depthwise-convolution layers become drop-in subclasses of torch.nn's own that run fused
+kernels, with the same parameters and the same state_dict; `pyarch.verify` proves outputs and gradients.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a clone that is not installed, triton_kernels stands beside this folder and is imported as ours.
+_sibling = Path(__file__).parent.parent
+if (_sibling / "triton_kernels" / "configs").is_dir() and str(_sibling) not in __path__:
+    __path__.append(str(_sibling))
+
+from pyarch import nn, ops  # noqa: E402
+from pyarch.dispatch import backend  # noqa: E402
+from pyarch.nn.config import Config  # noqa: E402
+
+__all__ = ["Config", "backend", "nn", "ops"]

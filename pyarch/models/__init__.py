@@ -1,0 +1,66 @@
+"""Well-known architectures in plain torch.nn: what swap is shown and tested on.
+
+Each module of this package holds one architecture and offers the same six names:
+
+    Config                      frozen dataclass: every size, the batch included
+    REAL, TINY                  published widths; a miniature for tests
+    build(config)               the nn.Module, initialised from torch's global generator
+    inputs(config, seed)        the tuple of tensors that its forward takes
+    batch(config, seed)         (inputs, target) of a synthetic task that it learns in seconds
+    loss(output, target)        the scalar to minimise
+
+None of them knows pyarch: the layers are torch.nn's own until `pyarch.swap` re-types them.
+"""
+
+import importlib
+from types import ModuleType
+
+from torch import nn
+
+# Name -> module, in the order in which the demo shows them.
+MODELS = {
+    "convnext": "pyarch.models.convnext",
+    "mobilenet": "pyarch.models.mobilenet",
+    "aspp": "pyarch.models.aspp",
+    "conformer": "pyarch.models.conformer",
+    "mamba": "pyarch.models.mamba",
+}
+
+# Size -> the name of the configuration in each module.
+SIZES = {"real": "REAL", "tiny": "TINY"}
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all models, in the order in which the demo shows them."""
+    return tuple(MODELS)
+
+
+def load(name: str) -> ModuleType:
+    """Return the module of one model, imported on first use.
+
+    Raises:
+        ValueError: no model has that name; the text lists those that there are.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model={name!r} is not known, choose one of {', '.join(MODELS)}")
+    return importlib.import_module(MODELS[name])
+
+
+def config(name: str, size: str = "real"):
+    """Return the configuration of a model at a size, "real" or "tiny".
+
+    Raises:
+        ValueError: the name or the size is not known.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size={size!r} is not known, choose one of {', '.join(SIZES)}")
+    return getattr(load(name), SIZES[size])
+
+
+def build(name: str, size: str = "real") -> nn.Module:
+    """Return a freshly initialised model; seed it with torch.manual_seed before.
+
+    Raises:
+        ValueError: the name or the size is not known.
+    """
+    return load(name).build(config(name, size))

@@ -1,0 +1,101 @@
+"""Conformer: a stack of its convolution modules over speech frames.
+
+A. Gulati, J. Qin, C.-C. Chiu, N. Parmar, Y. Zhang, J. Yu, W. Han, S. Wang, Z. Zhang, Y. Wu, R. Pang.
+Conformer: Convolution-augmented Transformer for Speech Recognition. 2020, arXiv:2005.08100.
+
+    module(x) = x + pointwise(silu(batchnorm(depthwise31(glu(pointwise(layernorm(x)))))))
+
+Shown: long one-dimensional kernels. Attention and feed-forward modules of the full block are left out, so
+that the convolution modules are what is measured.
+
+N utterances, T frames, F features a frame, C channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the stack; `kernel` is odd, so that frames keep their place."""
+
+    features: int
+    width: int
+    layers: int
+    kernel: int
+    classes: int
+    batch: int
+    frames: int
+
+
+# Width and depth of the paper's Conformer (M), 80 filterbanks, ten seconds of 10 ms frames; its kernel of 32
+# is 31 in the implementations in use.
+REAL = Config(features=80, width=256, layers=16, kernel=31, classes=16, batch=2, frames=1000)
+TINY = Config(features=8, width=16, layers=2, kernel=31, classes=4, batch=4, frames=75)
+
+HELD = 25  # frames
+
+
+class ConvolutionModule(nn.Module):
+    """Gated pointwise, depthwise over time, and pointwise convolution on a residual branch."""
+
+    def __init__(self, width: int, kernel: int):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(width)
+        self.expand = nn.Conv1d(width, 2 * width, 1)
+        self.depthwise = nn.Conv1d(width, width, kernel, padding="same", groups=width, bias=False)
+        self.batch_norm = nn.BatchNorm1d(width)
+        self.project = nn.Conv1d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer_norm(x).transpose(1, 2)  # (N, C, T)
+        y = self.depthwise(F.glu(self.expand(y), dim=1))
+        y = self.project(F.silu(self.batch_norm(y)))
+        return x + y.transpose(1, 2)
+
+
+class ConformerConvolutions(nn.Module):
+    """A linear front, the convolution modules, a linear classifier of every frame."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.front = nn.Linear(config.features, config.width)
+        self.stack = nn.Sequential(
+            *(ConvolutionModule(config.width, config.kernel) for _ in range(config.layers))
+        )
+        self.norm = nn.LayerNorm(config.width)
+        self.classifier = nn.Linear(config.width, config.classes)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map frames (N, T, F) to scores (N, T, classes)."""
+        return self.classifier(self.norm(self.stack(self.front(frames))))
+
+
+def build(config: Config) -> nn.Module:
+    """Return the stack with torch's default initialisation."""
+    return ConformerConvolutions(config)
+
+
+def batch(config: Config, seed: int) -> tuple[tuple[Tensor], Tensor]:
+    """Return ((frames,), labels): name the sound held at every frame, which one frame alone does not tell.
+
+    Sound k raises feature k by one standard deviation of the noise, and lasts HELD frames.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sounds = torch.randint(config.classes, (config.batch, config.frames // HELD + 1), generator=generator)
+    target = sounds.repeat_interleave(HELD, dim=1)[:, : config.frames]
+    noise = torch.randn(config.batch, config.frames, config.features, generator=generator)
+    return (noise + F.one_hot(target, config.features),), target
+
+
+def inputs(config: Config, seed: int) -> tuple[Tensor]:
+    """Return (frames,), of shape (batch, frames, features)."""
+    return batch(config, seed)[0]
+
+
+def loss(output: Tensor, target: Tensor) -> Tensor:
+    """Return the cross entropy of scores (N, T, classes) and labels (N, T)."""
+    return F.cross_entropy(output.transpose(1, 2), target)

@@ -1,0 +1,70 @@
+"""What every drop-in layer shares: it is its stock class with another computation, and nothing more.
+
+A drop-in adds no parameter, buffer or state_dict entry; at most one private attribute, its `Config`. A deep copy stays
+a drop-in, while a pickle holds the stock class, so that it loads where pyarch is not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from pyarch.dispatch import Verdict, requested_backend
+from pyarch.nn.config import DEFAULT, Config
+
+CONFIG_ATTRIBUTE = "_pyarch_config"
+# On a class that `swap` built over a drop-in: the class that it replaces.
+REPLACES = "_pyarch_replaces"
+
+
+class DropIn:
+    """Mixed in before a torch.nn class by a subclass of the same name."""
+
+    @classmethod
+    def stock_class(cls) -> type[torch.nn.Module]:
+        """The class that this one stands in for: torch.nn's, or a user's subclass that `swap` re-typed.
+
+        A class that a user derived from a drop-in stands for itself.
+        """
+        if REPLACES in vars(cls):
+            return vars(cls)[REPLACES]
+        if not cls.__module__.startswith("pyarch.nn."):
+            return cls
+        return next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules."))
+
+    @property
+    def pyarch_config(self) -> Config:
+        return self.__dict__.get(CONFIG_ATTRIBUTE, DEFAULT)
+
+    def requested_backend(self) -> str:
+        """The backend for the next call: an enclosing `pyarch.backend(...)`, else this layer's Config."""
+        requested = requested_backend()
+        return self.pyarch_config.backend if requested == "auto" else requested
+
+    def explain(self, *inputs) -> dict[str, tuple[Verdict, ...]]:
+        """What each backend says of a call on `inputs`, for "forward" and "backward"."""
+        raise NotImplementedError
+
+    def __copy__(self) -> DropIn:
+        duplicate = self.__class__.__new__(self.__class__)
+        duplicate.__dict__.update(_without_compiled_call(self.__dict__))
+        return duplicate
+
+    def __deepcopy__(self, memo: dict) -> DropIn:
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        duplicate.__dict__.update(copy.deepcopy(_without_compiled_call(self.__dict__), memo))
+        return duplicate
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        stock = self.stock_class()
+        if stock is type(self):
+            return super().__reduce_ex__(protocol)
+        state = {name: value for name, value in self.__getstate__().items() if name != CONFIG_ATTRIBUTE}
+        return object.__new__, (stock,), state
+
+
+def _without_compiled_call(state: dict) -> dict:
+    """A module's state without the compiled function of `module.compile()`, which torch never copies either."""
+    return {name: value for name, value in state.items() if name != "_compiled_call_impl"}
