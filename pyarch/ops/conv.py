@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from pyarch import hardware, native
 from pyarch.dispatch import Backend, Op, Reasons, Verdict, accepts_all, requested_backend
 from pyarch.ops.conv_torch import convolve_stock
-from pyarch.reference.conv import memory_format
+from pyarch.reference.conv import memory_format, output_sizes
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -50,22 +50,6 @@ class ConvCall(NamedTuple):
     @property
     def outputs(self) -> tuple[int, ...]:
         return output_sizes(self.input_shape[2:], self.kernel, self.stride, self.padding, self.dilation)
-
-
-def output_sizes(
-    sizes: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, ...]:
-    """The output's spatial sizes; `padding` holds (before, after) for each dimension."""
-    return tuple(
-        (size + before + after - d * (k - 1) - 1) // s + 1
-        for size, k, s, before, after, d in zip(
-            sizes, kernel, stride, padding[::2], padding[1::2], dilation, strict=True
-        )
-    )
 
 
 def is_channels_last(input: Tensor, weight: Tensor) -> bool:

@@ -26,6 +26,22 @@ def memory_format(dimensions: int, channels_last: bool) -> torch.memory_format:
     return _MEMORY_FORMATS[dimensions] if channels_last else torch.contiguous_format
 
 
+def output_sizes(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """The output's spatial sizes; `padding` holds (before, after) for each dimension."""
+    return tuple(
+        (size + before + after - d * (k - 1) - 1) // s + 1
+        for size, k, s, before, after, d in zip(
+            sizes, kernel, stride, padding[::2], padding[1::2], dilation, strict=True
+        )
+    )
+
+
 def source_positions(size: int, before: int, after: int, mode: str) -> Tensor:
     """Map the padded positions -before .. size+after-1 of one dimension to input positions (modes with a source)."""
     positions = torch.arange(-before, size + after)
@@ -102,10 +118,7 @@ def forward(
     padded = _widen(pad(input, padding, padding_mode)).repeat_interleave(
         _multiplier(input, weight), 1
     )
-    outputs = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, d, k, s in zip(padded.shape[2:], dilation, kernel, stride, strict=True)
-    ]
+    outputs = output_sizes(input.shape[2:], kernel, stride, padding, dilation)
     wide_weight = _widen(weight)
     result = padded.new_zeros(*padded.shape[:2], *outputs)
     for tap, window in taps(kernel, outputs, stride, dilation):

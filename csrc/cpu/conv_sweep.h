@@ -1,0 +1,112 @@
+// The order in which tiles visit a box of targets, for both layouts.
+#pragma once
+
+#include <vector>
+
+#include "conv_plan.h"
+
+namespace pyarch {
+
+// One tile: its first target, how many targets its band has, and the taps that are not padding.
+struct TilePlace {
+  int64_t depth, height, width;
+  int band;
+  Mask lanes;
+  bool all_lanes;
+  TapRange range;
+};
+
+// Bands along one dimension: neighbours `period` apart, so each residue of the period is swept on its own.
+template <class Visit>
+void sweep_bands(Span targets, int64_t period, Visit&& visit) {
+  for (int64_t residue = 0; residue < std::min(period, targets.size()); ++residue) {
+    const int64_t count = ceil_div(targets.size() - residue, period);
+    int64_t first = targets.begin + residue;
+    for (int band : band_sizes(count)) {
+      visit(first, band);
+      first += band * period;
+    }
+  }
+}
+
+// Vectors along the width. `exact` visits every target once, masking the last lanes; otherwise the last vector is
+// moved back over targets already visited, which costs no mask.
+template <class Visit>
+void sweep_lanes(Span targets, bool exact, Visit&& visit) {
+  for (int64_t first = targets.begin; first < targets.end; first += LANES) {
+    const int64_t left = targets.end - first;
+    if (left >= LANES)
+      visit(first, first_lanes(LANES), true);
+    else if (!exact && targets.size() >= LANES)
+      visit(targets.end - LANES, first_lanes(LANES), true);
+    else
+      visit(first, first_lanes(left), false);
+  }
+}
+
+// Bands of vectors along the width, under the same two rules.
+template <class Visit>
+void sweep_line(Span targets, bool exact, Visit&& visit) {
+  const int64_t whole = targets.size() / LANES, left = targets.size() % LANES;
+  const bool move_back = !exact && left && whole >= BAND;
+  int64_t first = targets.begin;
+  for (int band : band_sizes(whole + move_back)) {
+    visit(std::min(first, targets.end - band * LANES), band, first_lanes(LANES), true);
+    first += band * LANES;
+  }
+  if (left && !move_back) {
+    if (!exact && whole)
+      visit(targets.end - LANES, 1, first_lanes(LANES), true);
+    else
+      visit(targets.end - left, 1, first_lanes(left), false);
+  }
+}
+
+// Rows of a plane: bands of rows with vectors along W, or, in a `line`, bands of vectors along W.
+template <class Visit>
+void sweep_rows(const Axis (&axes)[3], const Box& targets, bool line, bool exact, Visit&& visit) {
+  TilePlace tile;
+  for (tile.depth = targets[0].begin; tile.depth < targets[0].end; ++tile.depth) {
+    tile.range.depth = axes[0].real_taps(tile.depth);
+    if (line) {
+      tile.range.places = EVERYWHERE;
+      for (tile.height = targets[1].begin; tile.height < targets[1].end; ++tile.height) {
+        tile.range.height = axes[1].real_taps(tile.height);
+        sweep_line(targets[2], exact, [&](int64_t width, int band, Mask lanes, bool all_lanes) {
+          tile.width = width, tile.band = band, tile.lanes = lanes, tile.all_lanes = all_lanes;
+          visit(tile);
+        });
+      }
+    } else {
+      tile.range.height = {0, 1};
+      sweep_bands(targets[1], axes[1].period, [&](int64_t height, int band) {
+        tile.height = height, tile.band = band;
+        tile.range.places = axes[1].real_places(height);
+        sweep_lanes(targets[2], exact, [&](int64_t width, Mask lanes, bool all_lanes) {
+          tile.width = width, tile.lanes = lanes, tile.all_lanes = all_lanes;
+          visit(tile);
+        });
+      });
+    }
+  }
+}
+
+// Pixels of a group of channels: bands along W, lanes along C.
+template <class Visit>
+void sweep_channels(const Axis (&axes)[3], const Box& targets, Visit&& visit) {
+  TilePlace tile;
+  tile.lanes = first_lanes(LANES), tile.all_lanes = true;
+  for (tile.depth = targets[0].begin; tile.depth < targets[0].end; ++tile.depth) {
+    tile.range.depth = axes[0].real_taps(tile.depth);
+    for (tile.height = targets[1].begin; tile.height < targets[1].end; ++tile.height) {
+      tile.range.height = axes[1].real_taps(tile.height);
+      sweep_bands(targets[2], axes[2].period, [&](int64_t width, int band) {
+        tile.width = width, tile.band = band;
+        tile.range.places = axes[2].real_places(width);
+        visit(tile);
+      });
+    }
+  }
+}
+
+}  // namespace pyarch

@@ -1,0 +1,89 @@
+// The two micro-kernels of depthwise convolution: a band of outputs held in registers, and a band of taps.
+//
+// Both see memory the same way. A band is a run of up to BAND output vectors whose sources lie `band_step` floats apart;
+// a chunk is a run of up to CHUNK taps, each one `band_step` further than the one before. So one load of source
+// vector r + k serves every output r and tap k of the band and chunk: (R + K - 1) loads for R * K multiply-adds.
+//
+//   correlate:  out[r] (+)= sum over chunks, lane taps, outer taps, k:  weight[k] * source[(r + k) * band_step]
+//   reduce:     grad[k]  +=  sum over r:                                grad_out[r] * source[(r + k) * band_step]
+//
+// What a band is depends on the layout: rows of a plane with lanes along W ("rows"), vectors along W when there are few
+// rows ("line"), or pixels along W with lanes along C ("channels"). Only the tables differ.
+#pragma once
+
+#include <vector>
+
+#include "vec.h"
+
+namespace pyarch {
+
+constexpr int BAND = REGISTERS == 32 ? 14 : 6;
+constexpr int CHUNK = 7;
+
+// An interval of places along one dimension.
+struct Span {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+  Span united(Span other) const {
+    return {begin < other.begin ? begin : other.begin, end > other.end ? end : other.end};
+  }
+};
+
+struct Chunk {
+  int taps;
+  int64_t source;  // offset of its first tap, in floats
+  int64_t weight;  // position of its first weight within an outer tap, in packed weights
+  int64_t at;      // its first tap's place along the band's dimension
+};
+
+// The taps of one convolution as offsets into a source. A packed weight's position is
+//   ((group * depth taps + depth tap) * height taps + height tap) * inner + chunk.weight + lane tap * chunk.taps + k.
+struct TapTables {
+  std::vector<int64_t> group, depth, height, lane;  // source offsets of the outer taps, and of the lane taps
+  std::vector<Chunk> chunks;                        // sorted by their number of taps
+  int64_t inner = 0;                                // packed weights an outer tap
+  int64_t band_step = 0;                            // floats between neighbours in a band
+  int64_t spacing = 1;                              // the same in places along the band's dimension
+  std::vector<int64_t> order;  // the tap (within one kernel), and group * taps, of every packed position
+
+  int64_t packed() const { return int64_t(order.size()); }
+};
+
+// The outer taps, and the places along the band's dimension, whose sources are not padding, for one tile.
+struct TapRange {
+  Span depth, height;
+  Span places;  // relative to the source of the tile's first output
+
+  template <int R, int K>
+  bool skips(const Chunk& chunk, int64_t spacing) const {
+    return chunk.at >= places.end || chunk.at + (R + K - 2) * spacing < places.begin;
+  }
+};
+
+struct CorrelateTile {
+  const float* source;   // of the band's first output, first taps
+  const float* weights;  // packed: one float each (rows, line) or LANES floats each (channels)
+  const float* start;    // added to every output: one float, or LANES floats; may be null
+  float* out;
+  int64_t out_step;
+  Mask lanes;
+  bool all_lanes;
+};
+
+struct ReduceTile {
+  const float* source;
+  const float* grad_out;
+  int64_t grad_step;
+  float* grad_weights;  // packed, LANES floats each, added to
+  float* grad_bias;     // LANES floats, added to; may be null
+  Mask lanes;
+  bool all_lanes;
+};
+
+// `band` outputs, 1 <= band <= BAND. Vector weights have one value a lane, scalar weights one for all lanes.
+void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile& tile);
+void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile& tile);
+void reduce(int band, const TapTables& taps, const TapRange& range, const ReduceTile& tile);
+
+}  // namespace pyarch
