@@ -1,7 +1,7 @@
 """pyarch makes the PyTorch models people already have faster: `pyarch.swap(model)`.
 
-Attention, recurrent and depthwise-convolution layers become drop-in subclasses of torch.nn's own that run fused
-kernels, with the same parameters and the same state_dict; `pyarch.verify` proves outputs and gradients.
+Attention, recurrent and depthwise-convolution layers become drop-in subclasses of torch.nn's own that run
+fused kernels, with the same parameters and the same state_dict; `pyarch.verify` proves outputs and gradients.
 """
 
 from pathlib import Path
@@ -15,6 +15,23 @@ if (_sibling / "triton_kernels" / "configs").is_dir() and str(_sibling) not in _
 
 from pyarch import nn, ops  # noqa: E402
 from pyarch.dispatch import backend  # noqa: E402
+from pyarch.explain import explain  # noqa: E402
+from pyarch.info import info  # noqa: E402
 from pyarch.nn.config import Config  # noqa: E402
+from pyarch.swap import apply_report, swap, swapped  # noqa: E402
+from pyarch.swap_report import SwapReport  # noqa: E402
+from pyarch.verify import verify  # noqa: E402
 
-__all__ = ["Config", "backend", "nn", "ops"]
+__all__ = [
+    "Config",
+    "SwapReport",
+    "apply_report",
+    "backend",
+    "explain",
+    "info",
+    "nn",
+    "ops",
+    "swap",
+    "swapped",
+    "verify",
+]

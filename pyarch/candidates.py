@@ -1,6 +1,7 @@
 """What `swap` looks for, and why a layer that looks like it is left alone.
 
-`FAMILIES` is the table: a stock class, its drop-in, what else a layer must fulfil, and a nominal call for the report.
+`FAMILIES` is the table: a stock class, its drop-in, what else a layer must fulfil, and a nominal call for the
+report.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from pyarch.retype import is_parametrized_class
 
 # Names that a subclass may not redefine, beside all that the drop-in itself defines.
 COMPUTATION = {"forward", "__call__", "_call_impl", "__reduce__", "__init_subclass__"}
-_CLASS_FURNITURE = {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__init__"}
 _NOMINAL_SIZE = 32
 
 
@@ -47,7 +47,8 @@ class Family:
         stock, drop_in: the classes.
         overridable: methods of `stock` that hold its computation, beside `forward`.
         obstacle: what keeps a layer of this class from being swapped, or None.
-        nominal: inputs that a layer of this class could be called with; they tell the report its likely backend.
+        nominal: inputs that a layer of this class could be called with; they tell the report its likely
+            backend.
     """
 
     stock: type[nn.Module]
@@ -123,7 +124,7 @@ def _obstacle_in_instance(module: nn.Module) -> Obstacle | None:
 
 
 def expected_backend(module: nn.Module, family: Family, config: Config) -> tuple[str, str]:
-    """The backend that a layer's dtype and device allow, and why it is none of ours; shapes decide at the call."""
+    """The backend that a layer's dtype and device allow, and why it is none of ours."""
     if family.nominal is None or parametrize.is_parametrized(module):
         return "decided at the call", ""
     requested = requested_backend()
@@ -133,13 +134,21 @@ def expected_backend(module: nn.Module, family: Family, config: Config) -> tuple
         refused = "; ".join(each.reason for each in verdicts if each.backend == requested and each.refusals)
         return requested, f"{requested} refuses: {refused}" if refused else ""
     kernels = [each for each in verdicts if each.backend not in ("torch", "reference")]
+    if not kernels:
+        return "torch", f"{next(module.parameters()).dtype}: torch's own operator runs it directly"
     able = [each for each in kernels if not each.refusals]
+    if able and able[0].concessions:
+        return f"{able[0].backend} or torch, by shape", ""
     if able:
-        return able[0].backend, able[0].reason
+        return able[0].backend, ""
     return "torch", " | ".join(f"{each.backend}: {each.reason}" for each in kernels)
 
 
 def _names_between(cls: type, stock: type) -> set[str]:
-    """What the classes of a drop-in before its stock class define."""
+    """The methods and properties that the classes of a drop-in before its stock class define."""
     before = cls.__mro__[: cls.__mro__.index(stock)]
-    return {name for base in before for name in vars(base)} - _CLASS_FURNITURE
+    members = {name: value for base in before for name, value in vars(base).items()}
+    kinds = (property, classmethod, staticmethod)
+    return {name for name, value in members.items() if callable(value) or isinstance(value, kinds)} - {
+        "__init__"
+    }

@@ -1,7 +1,8 @@
 """Which class makes a module run as a drop-in, and which class it had before.
 
-A plain torch.nn layer takes the drop-in itself. A subclass that overrides nothing of the computation, and the dynamic
-class of a parametrized layer, take a class rebuilt over the drop-in that remembers the one it replaces.
+A plain torch.nn layer takes the drop-in itself. A subclass that overrides nothing of the computation, and the
+dynamic class of a parametrized layer, take a class rebuilt over the drop-in that remembers the one it
+replaces.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ REGEX_PREFIX = "re:"
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the rules: a pattern over whole layer names, and its Config, or None to leave the layer alone."""
+    """A pattern over whole layer names, and its Config, or None to leave the layer alone."""
 
     pattern: str
     regex: re.Pattern[str]
@@ -30,8 +30,8 @@ def read_rules(rules: Mapping[str, Config | None] | None) -> tuple[Rule, ...]:
     """The rules in their order.
 
     Args:
-        rules: pattern -> Config or None. A pattern is a glob ("encoder.*", where * also spans dots) or, after "re:",
-            a regular expression; either must fit the whole name.
+        rules: pattern -> Config or None. A pattern is a glob ("encoder.*", where * also spans dots) or, after
+            "re:", a regular expression; either must fit the whole name.
 
     Raises:
         TypeError: a pattern that is no string, a value that is neither Config nor None.

@@ -103,7 +103,8 @@ TapTables tap_tables(std::vector<int64_t> group, const Taps& depth, const Taps& 
   std::vector<int64_t> inner;
   for (const auto& run : chunked_runs(band, spacing)) {
     const Tap& first = band[run.front()];
-    tables.chunks.push_back({int(run.size()), first.at * band_unit, int64_t(inner.size()), first.at});
+    const int64_t taps = int64_t(run.size());
+    tables.chunks.push_back({int(taps), first.at * band_unit, int64_t(inner.size()), taps, first.at});
     for (const Tap& side : lane)
       for (size_t k : run) inner.push_back(side.number + band[k].number);
   }
@@ -118,13 +119,6 @@ TapTables tap_tables(std::vector<int64_t> group, const Taps& depth, const Taps& 
 Taps scaled(Taps taps, int64_t unit) {
   for (Tap& tap : taps) tap.at *= unit;
   return taps;
-}
-
-std::vector<int> band_sizes(int64_t count) {
-  const int64_t bands = ceil_div(count, BAND);
-  std::vector<int> sizes;
-  for (int64_t i = 0; i < bands; ++i) sizes.push_back(int(count * (i + 1) / bands - count * i / bands));
-  return sizes;
 }
 
 Box part_of(const int64_t (&size)[3], const int64_t (&parts)[3], int64_t index) {

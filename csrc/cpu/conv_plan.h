@@ -83,9 +83,6 @@ Taps scaled(Taps taps, int64_t unit);
 constexpr int64_t FAR = std::numeric_limits<int64_t>::max() / 4;
 constexpr Span EVERYWHERE = {-FAR, FAR};
 
-// Splits `count` targets into as few bands as fit registers, as even as can be.
-std::vector<int> band_sizes(int64_t count);
-
 // Part `index` of a volume cut into parts[0] x parts[1] x parts[2] boxes.
 Box part_of(const int64_t (&size)[3], const int64_t (&parts)[3], int64_t index);
 

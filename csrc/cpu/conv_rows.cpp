@@ -28,10 +28,14 @@ struct Layout {
   }
 };
 
+// Fetches, besides, what lies `ahead` elements on: the same places of the plane that this thread loads next.
 template <class T>
-void widen(const T* from, float* to, int64_t count) {
+void widen(const T* from, float* to, int64_t count, int64_t ahead) {
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  for (; i + LANES <= count; i += LANES) {
+    __builtin_prefetch(from + i + ahead);
+    store(to + i, load(from + i));
+  }
   if (i < count) store(to + i, load(from + i, first_lanes(count - i)), first_lanes(count - i));
 }
 
@@ -65,7 +69,7 @@ void join_phases(const float* from, float* line, int64_t count, const Layout& la
 
 // One row of places, zeros or other padding included.
 template <class T>
-void load_line(const T* row, int64_t size, Span places, PaddingMode mode, float* line) {
+void load_line(const T* row, int64_t size, Span places, PaddingMode mode, int64_t ahead, float* line) {
   const int64_t begin = std::clamp<int64_t>(0, places.begin, places.end);
   const int64_t end = std::clamp<int64_t>(size, begin, places.end);
   const auto pad = [&](int64_t from, int64_t to) {
@@ -75,13 +79,13 @@ void load_line(const T* row, int64_t size, Span places, PaddingMode mode, float*
     }
   };
   pad(places.begin, begin);
-  widen(row + begin, line + (begin - places.begin), end - begin);
+  widen(row + begin, line + (begin - places.begin), end - begin, ahead);
   pad(end, places.end);
 }
 
 template <class T>
 void load_plane(const T* plane, const int64_t (&size)[3], PaddingMode mode, const Layout& layout, float* to) {
-  const int64_t width = layout.box[2].size();
+  const int64_t width = layout.box[2].size(), ahead = size[0] * size[1] * size[2];
   float* const line = layout.phases > 1 ? scratch(Slot::line, width + 2 * LANES) : nullptr;
   for (int64_t depth = layout.box[0].begin; depth < layout.box[0].end; ++depth) {
     const int64_t d = source_place(depth, size[0], mode);
@@ -91,7 +95,7 @@ void load_plane(const T* plane, const int64_t (&size)[3], PaddingMode mode, cons
         std::memset(to, 0, layout.row * sizeof(float));
         continue;
       }
-      load_line(plane + (d * size[1] + h) * size[2], size[2], layout.box[2], mode, line ? line : to);
+      load_line(plane + (d * size[1] + h) * size[2], size[2], layout.box[2], mode, ahead, line ? line : to);
       if (line) split_phases(line, to, width, layout);
     }
   }
@@ -126,10 +130,13 @@ void pack_weights(const TapTables& tables, const T* weight, float* packed) {
   for (int64_t i = 0; i < tables.packed(); ++i) packed[i] = to_float(weight[tables.order[i]]);
 }
 
-// Runs one tile into rows of T, `row` elements apart; 16-bit results pass through a block of floats.
+// Runs one tile into rows of T, `out_step` elements apart; 16-bit results pass through a block of floats. Fetches the
+// memory that the same tile of the next plane, `ahead` elements on, will write.
 template <class T>
-void correlate_into(const TapTables& tables, const TilePlace& place, CorrelateTile tile, T* out, int64_t out_step) {
+void correlate_into(const TapTables& tables, const TilePlace& place, CorrelateTile<> tile, T* out, int64_t out_step,
+                    int64_t ahead) {
   tile.lanes = place.lanes, tile.all_lanes = place.all_lanes;
+  for (int r = 0; r < place.band; ++r) __builtin_prefetch(out + r * out_step + ahead, 1);
   if constexpr (std::is_same_v<T, float>) {
     tile.out = out, tile.out_step = out_step;
     correlate_scalar_weights(place.band, tables, place.range, tile);
@@ -226,7 +233,8 @@ void gradient_phase(const ConvShape& shape, const InputPart& part, const Gradien
     const int64_t w = gradient_place(shape, 2, phase.of[2], tile.width) - layout.box[2].begin;
     To* const out = to + d * plane + h * row + w % layout.phases * layout.phase + w / layout.phases;
     const float* const source = grad + source_offset(phase.axes, part.grads, tile);
-    correlate_into(phase.tables, tile, {source, weights, nullptr, nullptr, 0, tile.lanes, false}, out, band_step);
+    correlate_into(phase.tables, tile, {source, weights, nullptr, nullptr, 0, tile.lanes, false}, out, band_step,
+                   std::is_same_v<To, float> && layout.phases > 1 ? 0 : shape.in_size());
   });
 }
 
@@ -306,7 +314,7 @@ void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const
           const int64_t at = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
           const float* const first = source + source_offset(plan.axes, part.sources, tile);
           correlate_into(part.tables, tile, {first, weights, &bias, nullptr, 0, tile.lanes, false}, output + at,
-                         band_step);
+                         band_step, shape.out_size());
         });
       }
     }
@@ -357,7 +365,7 @@ void conv_backward_rows(const ConvShape& shape, const BackwardArgs<T>& args, con
           sweep_rows(plan.axes, part.outputs, plan.line, true, [&](const TilePlace& tile) {
             const int64_t at = grads.at_row(tile.depth, tile.height) + tile.width - grads.box[2].begin;
             const int64_t from = source ? source_offset(plan.axes, part.sources, tile) : 0;
-            reduce(tile.band, part.tables, tile.range,
+            reduce<float>(tile.band, part.tables, tile.range,
                    {source + from, grad + j * grads.floats + at, grad_step, source ? kernel_sums : nullptr,
                     kernel_sums + packed * LANES, tile.lanes, tile.all_lanes});
           });

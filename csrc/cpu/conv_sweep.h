@@ -16,16 +16,23 @@ struct TilePlace {
   TapRange range;
 };
 
+// Splits `count` targets into as few bands as fit registers, as even as can be.
+template <class Visit>
+void for_each_band(int64_t count, Visit&& visit) {
+  const int64_t bands = ceil_div(count, BAND);
+  for (int64_t i = 0; i < bands; ++i) visit(int(count * (i + 1) / bands - count * i / bands));
+}
+
 // Bands along one dimension: neighbours `period` apart, so each residue of the period is swept on its own.
 template <class Visit>
 void sweep_bands(Span targets, int64_t period, Visit&& visit) {
   for (int64_t residue = 0; residue < std::min(period, targets.size()); ++residue) {
     const int64_t count = ceil_div(targets.size() - residue, period);
     int64_t first = targets.begin + residue;
-    for (int band : band_sizes(count)) {
+    for_each_band(count, [&](int band) {
       visit(first, band);
       first += band * period;
-    }
+    });
   }
 }
 
@@ -50,10 +57,10 @@ void sweep_line(Span targets, bool exact, Visit&& visit) {
   const int64_t whole = targets.size() / LANES, left = targets.size() % LANES;
   const bool move_back = !exact && left && whole >= BAND;
   int64_t first = targets.begin;
-  for (int band : band_sizes(whole + move_back)) {
+  for_each_band(whole + move_back, [&](int band) {
     visit(std::min(first, targets.end - band * LANES), band, first_lanes(LANES), true);
     first += band * LANES;
-  }
+  });
   if (left && !move_back) {
     if (!exact && whole)
       visit(targets.end - LANES, 1, first_lanes(LANES), true);
@@ -66,6 +73,7 @@ void sweep_line(Span targets, bool exact, Visit&& visit) {
 template <class Visit>
 void sweep_rows(const Axis (&axes)[3], const Box& targets, bool line, bool exact, Visit&& visit) {
   TilePlace tile;
+  tile.range.lane = {0, line ? 1 : int64_t(axes[2].taps.size())};
   for (tile.depth = targets[0].begin; tile.depth < targets[0].end; ++tile.depth) {
     tile.range.depth = axes[0].real_taps(tile.depth);
     if (line) {
@@ -91,20 +99,23 @@ void sweep_rows(const Axis (&axes)[3], const Box& targets, bool line, bool exact
   }
 }
 
-// Pixels of a group of channels: bands along W, lanes along C.
+// Rows of places, each for every group of channels in turn, with bands along W and lanes along C: a row's groups share
+// memory lines and pages, so the row is finished before the next begins.
 template <class Visit>
-void sweep_channels(const Axis (&axes)[3], const Box& targets, Visit&& visit) {
+void sweep_channels(const Axis (&axes)[3], const Box& targets, int64_t groups, Visit&& visit) {
   TilePlace tile;
-  tile.lanes = first_lanes(LANES), tile.all_lanes = true;
+  tile.lanes = first_lanes(LANES), tile.all_lanes = true, tile.range.lane = {0, 1};
   for (tile.depth = targets[0].begin; tile.depth < targets[0].end; ++tile.depth) {
     tile.range.depth = axes[0].real_taps(tile.depth);
     for (tile.height = targets[1].begin; tile.height < targets[1].end; ++tile.height) {
       tile.range.height = axes[1].real_taps(tile.height);
-      sweep_bands(targets[2], axes[2].period, [&](int64_t width, int band) {
-        tile.width = width, tile.band = band;
-        tile.range.places = axes[2].real_places(width);
-        visit(tile);
-      });
+      for (int64_t group = 0; group < groups; ++group) {
+        sweep_bands(targets[2], axes[2].period, [&](int64_t width, int band) {
+          tile.width = width, tile.band = band;
+          tile.range.places = axes[2].real_places(width);
+          visit(group, tile);
+        });
+      }
     }
   }
 }

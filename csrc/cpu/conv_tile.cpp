@@ -1,12 +1,15 @@
 #include "conv_tile.h"
 
-#include <array>
+#include <type_traits>
 
 namespace pyarch {
 namespace {
 
-template <int R, int K>
-ALWAYS_INLINE void correlate_chunk(Vec (&sums)[R], const float* source, int64_t step, const Vec (&weights)[K]) {
+template <class T>
+constexpr int LARGEST_CHUNK = std::is_same_v<T, float> ? CHUNK : SMALL_CHUNK;
+
+template <int R, int K, class T>
+ALWAYS_INLINE void correlate_chunk(Vec (&sums)[R], const T* source, int64_t step, const Vec (&weights)[K]) {
   unrolled<R + K - 1>([&](auto at) __attribute__((always_inline)) {
     const Vec value = load(source + at * step);
     unrolled<K>([&](auto k) __attribute__((always_inline)) {
@@ -15,8 +18,9 @@ ALWAYS_INLINE void correlate_chunk(Vec (&sums)[R], const float* source, int64_t 
   });
 }
 
-template <int R, bool VECTOR_WEIGHTS>
-__attribute__((noinline)) void correlate_band(const TapTables& taps, const TapRange& range, const CorrelateTile& tile) {
+template <int R, bool VECTOR_WEIGHTS, class T>
+__attribute__((noinline)) void correlate_band(const TapTables& taps, const TapRange& range,
+                                              const CorrelateTile<T>& tile) {
   constexpr int WIDTH = VECTOR_WEIGHTS ? LANES : 1;
   const auto weight_at = [](const float* p) __attribute__((always_inline)) {
     if constexpr (VECTOR_WEIGHTS)
@@ -30,21 +34,20 @@ __attribute__((noinline)) void correlate_band(const TapTables& taps, const TapRa
 
   const int64_t step = taps.band_step;
   const int64_t heights = int64_t(taps.height.size()), depths = int64_t(taps.depth.size());
-  const int64_t lane_taps = int64_t(taps.lane.size());
   for (int64_t group = 0; group < int64_t(taps.group.size()); ++group) {
     for (int64_t depth = range.depth.begin; depth < range.depth.end; ++depth) {
       for (int64_t height = range.height.begin; height < range.height.end; ++height) {
-        const float* source = tile.source + taps.group[group] + taps.depth[depth] + taps.height[height];
+        const T* source = tile.source + taps.group[group] + taps.depth[depth] + taps.height[height];
         const float* weights = tile.weights + ((group * depths + depth) * heights + height) * taps.inner * WIDTH;
         const Chunk* chunk = taps.chunks.data();
         const Chunk* const end = chunk + taps.chunks.size();
-        unrolled<CHUNK>([&](auto index) __attribute__((always_inline)) {
+        unrolled<LARGEST_CHUNK<T>>([&](auto index) __attribute__((always_inline)) {
           constexpr int K = index + 1;
           for (; chunk != end && chunk->taps == K; ++chunk) {
             if (range.skips<R, K>(*chunk, taps.spacing)) continue;
-            const float* chunk_source = source + chunk->source;
-            const float* chunk_weights = weights + chunk->weight * WIDTH;
-            for (int64_t lane = 0; lane < lane_taps; ++lane, chunk_weights += K * WIDTH) {
+            const T* chunk_source = source + chunk->source;
+            for (int64_t lane = range.lane.begin; lane < range.lane.end; ++lane) {
+              const float* chunk_weights = weights + (chunk->weight + lane * chunk->step) * WIDTH;
               Vec held[K];
               unrolled<K>([&](auto k) { held[k] = weight_at(chunk_weights + k * WIDTH); });
               correlate_chunk<R, K>(sums, chunk_source + taps.lane[lane], step, held);
@@ -83,9 +86,9 @@ ALWAYS_INLINE void reduce_chunk(const Vec (&grad)[R], float* grad_weights, Load&
 }
 
 // Lanes beyond the output must not be read from the source either: a NaN there would survive its zero gradient.
-template <int R, bool ALL_LANES>
-__attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange& range, const ReduceTile& tile) {
-  const auto load_lanes = [&](const float* p) __attribute__((always_inline)) {
+template <int R, bool ALL_LANES, class T>
+__attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange& range, const ReduceTile<T>& tile) {
+  const auto load_lanes = [&](const T* p) __attribute__((always_inline)) {
     if constexpr (ALL_LANES)
       return load(p);
     else
@@ -102,20 +105,19 @@ __attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange
 
   const int64_t step = taps.band_step;
   const int64_t heights = int64_t(taps.height.size());
-  const int64_t lane_taps = int64_t(taps.lane.size());
   for (int64_t depth = range.depth.begin; depth < range.depth.end; ++depth) {
     for (int64_t height = range.height.begin; height < range.height.end; ++height) {
-      const float* source = tile.source + taps.depth[depth] + taps.height[height];
+      const T* source = tile.source + taps.depth[depth] + taps.height[height];
       float* sums = tile.grad_weights + (depth * heights + height) * taps.inner * LANES;
       const Chunk* chunk = taps.chunks.data();
       const Chunk* const end = chunk + taps.chunks.size();
-      unrolled<CHUNK>([&](auto index) __attribute__((always_inline)) {
+      unrolled<LARGEST_CHUNK<T>>([&](auto index) __attribute__((always_inline)) {
         constexpr int K = index + 1;
         for (; chunk != end && chunk->taps == K; ++chunk) {
           if (range.skips<R, K>(*chunk, taps.spacing)) continue;
-          float* chunk_sums = sums + chunk->weight * LANES;
-          for (int64_t lane = 0; lane < lane_taps; ++lane, chunk_sums += K * LANES) {
-            const float* first = source + chunk->source + taps.lane[lane];
+          for (int64_t lane = range.lane.begin; lane < range.lane.end; ++lane) {
+            float* chunk_sums = sums + (chunk->weight + lane * chunk->step) * LANES;
+            const T* first = source + chunk->source + taps.lane[lane];
             reduce_chunk<R, K>(grad, chunk_sums, [&](auto at) __attribute__((always_inline)) {
               return load_lanes(first + at * step);
             });
@@ -126,45 +128,37 @@ __attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange
   }
 }
 
-// One function a band size, found by its number.
-template <template <int> class Kernel, int... R>
-constexpr auto by_band(std::integer_sequence<int, R...>) {
-  return std::array{Kernel<R + 1>::run...};
+// Calls visit with `band` as a constant.
+template <class Visit>
+void with_band(int band, Visit&& visit) {
+  unrolled<BAND>([&](auto index) {
+    if (band == index + 1) visit(std::integral_constant<int, index + 1>{});
+  });
 }
-template <int R>
-struct CorrelateScalar {
-  static constexpr auto run = correlate_band<R, false>;
-};
-template <int R>
-struct CorrelateVector {
-  static constexpr auto run = correlate_band<R, true>;
-};
-template <int R>
-struct ReduceAll {
-  static constexpr auto run = reduce_band<R, true>;
-};
-template <int R>
-struct ReduceSome {
-  static constexpr auto run = reduce_band<R, false>;
-};
-constexpr auto SIZES = std::make_integer_sequence<int, BAND>{};
 
 }  // namespace
 
-void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile& tile) {
-  static constexpr auto kernels = by_band<CorrelateScalar>(SIZES);
-  kernels[band - 1](taps, range, tile);
+void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<>& tile) {
+  with_band(band, [&](auto size) { correlate_band<size, false>(taps, range, tile); });
 }
 
-void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile& tile) {
-  static constexpr auto kernels = by_band<CorrelateVector>(SIZES);
-  kernels[band - 1](taps, range, tile);
+template <class T>
+void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<T>& tile) {
+  with_band(band, [&](auto size) { correlate_band<size, true>(taps, range, tile); });
 }
 
-void reduce(int band, const TapTables& taps, const TapRange& range, const ReduceTile& tile) {
-  static constexpr auto all = by_band<ReduceAll>(SIZES);
-  static constexpr auto some = by_band<ReduceSome>(SIZES);
-  (tile.all_lanes ? all : some)[band - 1](taps, range, tile);
+template <class T>
+void reduce(int band, const TapTables& taps, const TapRange& range, const ReduceTile<T>& tile) {
+  if constexpr (std::is_same_v<T, float>)
+    if (!tile.all_lanes) return with_band(band, [&](auto size) { reduce_band<size, false>(taps, range, tile); });
+  with_band(band, [&](auto size) { reduce_band<size, true>(taps, range, tile); });
 }
+
+#define INSTANTIATE(T)                                                                                          \
+  template void correlate_vector_weights(int, const TapTables&, const TapRange&, const CorrelateTile<T>&);      \
+  template void reduce(int, const TapTables&, const TapRange&, const ReduceTile<T>&);
+INSTANTIATE(float)
+INSTANTIATE(bfloat16)
+INSTANTIATE(float16)
 
 }  // namespace pyarch

@@ -32,18 +32,19 @@ struct Span {
 
 struct Chunk {
   int taps;
-  int64_t source;  // offset of its first tap, in floats
+  int64_t source;  // offset of its first tap, in elements
   int64_t weight;  // position of its first weight within an outer tap, in packed weights
+  int64_t step;    // packed weights from one lane tap to the next
   int64_t at;      // its first tap's place along the band's dimension
 };
 
 // The taps of one convolution as offsets into a source. A packed weight's position is
-//   ((group * depth taps + depth tap) * height taps + height tap) * inner + chunk.weight + lane tap * chunk.taps + k.
+//   ((group * depth taps + depth tap) * height taps + height tap) * inner + chunk.weight + lane tap * chunk.step + k.
 struct TapTables {
   std::vector<int64_t> group, depth, height, lane;  // source offsets of the outer taps, and of the lane taps
   std::vector<Chunk> chunks;                        // sorted by their number of taps
   int64_t inner = 0;                                // packed weights an outer tap
-  int64_t band_step = 0;                            // floats between neighbours in a band
+  int64_t band_step = 0;                            // elements between neighbours in a band
   int64_t spacing = 1;                              // the same in places along the band's dimension
   std::vector<int64_t> order;  // the tap (within one kernel), and group * taps, of every packed position
 
@@ -52,7 +53,7 @@ struct TapTables {
 
 // The outer taps, and the places along the band's dimension, whose sources are not padding, for one tile.
 struct TapRange {
-  Span depth, height;
+  Span depth, height, lane;
   Span places;  // relative to the source of the tile's first output
 
   template <int R, int K>
@@ -61,8 +62,12 @@ struct TapRange {
   }
 };
 
+// Sources are scratch floats, or, for chunks of at most SMALL_CHUNK taps, elements of a tensor itself.
+constexpr int SMALL_CHUNK = 3;
+
+template <class T = float>
 struct CorrelateTile {
-  const float* source;   // of the band's first output, first taps
+  const T* source;       // of the band's first output, first taps
   const float* weights;  // packed: one float each (rows, line) or LANES floats each (channels)
   const float* start;    // added to every output: one float, or LANES floats; may be null
   float* out;
@@ -71,9 +76,10 @@ struct CorrelateTile {
   bool all_lanes;
 };
 
+template <class T = float>
 struct ReduceTile {
-  const float* source;
-  const float* grad_out;
+  const T* source;
+  const T* grad_out;
   int64_t grad_step;
   float* grad_weights;  // packed, LANES floats each, added to
   float* grad_bias;     // LANES floats, added to; may be null
@@ -82,8 +88,10 @@ struct ReduceTile {
 };
 
 // `band` outputs, 1 <= band <= BAND. Vector weights have one value a lane, scalar weights one for all lanes.
-void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile& tile);
-void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile& tile);
-void reduce(int band, const TapTables& taps, const TapRange& range, const ReduceTile& tile);
+void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<>& tile);
+template <class T>
+void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<T>& tile);
+template <class T>
+void reduce(int band, const TapTables& taps, const TapRange& range, const ReduceTile<T>& tile);
 
 }  // namespace pyarch

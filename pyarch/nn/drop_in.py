@@ -1,7 +1,7 @@
 """What every drop-in layer shares: it is its stock class with another computation, and nothing more.
 
-A drop-in adds no parameter, buffer or state_dict entry; at most one private attribute, its `Config`. A deep copy stays
-a drop-in, while a pickle holds the stock class, so that it loads where pyarch is not installed.
+A drop-in adds no parameter, buffer or state_dict entry; at most one private attribute, its `Config`. A deep
+copy stays a drop-in, while a pickle holds the stock class, so that it loads where pyarch is not installed.
 """
 
 from __future__ import annotations
@@ -66,5 +66,5 @@ class DropIn:
 
 
 def _without_compiled_call(state: dict) -> dict:
-    """A module's state without the compiled function of `module.compile()`, which torch never copies either."""
+    """A module's state without the function that `module.compile()` made; torch never copies it either."""
     return {name: value for name, value in state.items() if name != "_compiled_call_impl"}

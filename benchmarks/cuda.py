@@ -1,0 +1,62 @@
+"""Timing on a GPU: events around one call on cold caches, and the fastest of torch's own kernels as stock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.measure import quantile
+
+FLUSH_BYTES = 256 << 20
+STOCK_KERNELS = ("auto", "cudnn", "native")
+TRIALS = 5
+
+
+class EventTimer:
+    """Seconds per call between CUDA events, on a cold L2 cache: a 256 MiB buffer is written before each call.
+
+    The write also keeps the GPU busy while the call is launched, so that launching is not part of its time.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, function: Callable[[], object], calls: int) -> float:
+        spans = []
+        for _ in range(calls):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.buffer.zero_()
+            start.record()
+            function()
+            end.record()
+            spans.append((start, end))
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in spans) / calls / 1e3
+
+
+def fastest_stock(function: Callable[[], object], timer: EventTimer) -> tuple[Callable[[], object], str]:
+    """`function` under the fastest setting of torch's choice of depthwise kernel, and that setting's name."""
+    if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
+        return function, "auto"
+
+    def under(kernel: str) -> Callable[[], object]:
+        def call() -> object:
+            allow_tf32 = torch.backends.cudnn.allow_tf32
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow_tf32, depthwise_kernel=kernel):
+                return function()
+
+        return call
+
+    medians = {}
+    for kernel in STOCK_KERNELS:
+        try:
+            timer(under(kernel), TRIALS)
+            medians[kernel] = quantile([timer(under(kernel), 1) for _ in range(TRIALS)], 0.5)
+        except RuntimeError as refusal:
+            if isinstance(refusal, torch.cuda.OutOfMemoryError):
+                raise
+    if not medians:
+        return function, "auto"
+    best = min(medians, key=medians.__getitem__)
+    return under(best), best

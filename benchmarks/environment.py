@@ -1,0 +1,173 @@
+"""The environment a figure was measured in, as probed facts, and the environments a run can ask for."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# glibc malloc keeps what is freed, so that both sides meet warm pages instead of a fault per 4 KiB.
+ALLOCATORS = {
+    "steady": {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+        "MALLOC_TOP_PAD_": str(1 << 28),
+    },
+    "default": {},
+}
+
+INSTRUCTION_SETS = {
+    "native": {},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "PYARCH_CPU_ISA": "avx2"},
+    "avx512": {"PYARCH_CPU_ISA": "avx512"},
+    "avx512_bf16": {"PYARCH_CPU_ISA": "avx512_bf16"},
+}
+
+# AMD's brand string often hides the generation: (family, model range) -> name.
+AMD_GENERATIONS = (
+    (23, range(0x00, 0x30), "zen1"),
+    (23, range(0x30, 0x100), "zen2"),
+    (25, range(0x00, 0x10), "zen3"),
+    (25, range(0x10, 0x20), "zen4"),
+    (25, range(0x20, 0x60), "zen3"),
+    (25, range(0x60, 0x100), "zen4"),
+    (26, range(0x00, 0x100), "zen5"),
+)
+
+NOTED_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16")
+NOTED_LIBRARIES = re.compile(
+    r"(gomp|iomp5|jemalloc|tcmalloc|mimalloc|pyarch|_cpu_avx|torch_cpu|torch_cuda|cudnn)"
+)
+
+
+def process_environment(allocator: str, instruction_set: str, threads: int | None) -> dict[str, str]:
+    """This process's environment variables, changed to the allocator and instruction set a run is to have."""
+    switches = {
+        name for states in (ALLOCATORS, INSTRUCTION_SETS) for state in states.values() for name in state
+    }
+    kept = {name: value for name, value in os.environ.items() if name not in switches}
+    chosen = ALLOCATORS[allocator] | INSTRUCTION_SETS[instruction_set]
+    return kept | chosen | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
+def describe(device: str, commit: str | None = None) -> dict:
+    """The environment block of a results file, gathered inside the measuring process."""
+    import torch
+
+    import pyarch
+    from pyarch import native
+
+    found_commit, dirty = git_state()
+    cpu = cpu_facts()
+    return {
+        "device": device_slug(device, cpu),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit or found_commit,
+        "dirty": dirty,
+        "cpu": cpu,
+        "gpu": gpu_facts() if device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "affinity": sorted(os.sched_getaffinity(0)),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "triton": triton_version(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()} {'-'.join(platform.libc_ver())}",
+        "huge_pages": first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "allocator_variables": {
+            name: os.environ[name] for name in ALLOCATORS["steady"] if name in os.environ
+        },
+        "pyarch": "clone" if Path(pyarch.__file__).is_relative_to(ROOT) else "installed",
+        "cpu_kernels": " ".join(filter(None, native.serving())),
+        "libraries": loaded_libraries(),
+    }
+
+
+def cpu_facts() -> dict:
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags", "").split()
+    return {
+        "vendor": fields.get("vendor_id", platform.machine()),
+        "model": fields.get("model name", platform.machine()),
+        "family": int(fields.get("cpu family", 0)),
+        "model_number": int(fields.get("model", 0)),
+        "instruction_sets": [flag for flag in NOTED_FLAGS if flag in flags],
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def device_slug(device: str, cpu: dict) -> str:
+    """The folder name of a device under benchmarks/results, e.g. `cpu-amd-epyc-zen5-2c` or `nvidia-h200`."""
+    if device == "cuda":
+        return slug(gpu_facts()["name"])
+    words = ["cpu", cpu["model"]]
+    if cpu["vendor"] == "AuthenticAMD":
+        words += [
+            generation
+            for family, models, generation in AMD_GENERATIONS
+            if family == cpu["family"] and cpu["model_number"] in models
+        ]
+    return slug(" ".join([*words, f"{cpu['cores']}c"]))
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|processor|cpu @", " ", text.lower())).strip("-")
+
+
+def gpu_facts() -> dict:
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ModuleNotFoundError:
+        return None
+    return triton.__version__
+
+
+def git_state() -> tuple[str, bool | None]:
+    """The checked-out commit and whether files differ from it; ("unknown", None) outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", None
+
+
+def first_line(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def loaded_libraries() -> list[str]:
+    """File names of the shared libraries in this process that bear on speed."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    paths = {line.split(None, 5)[5] for line in maps if ".so" in line and line.count("/")}
+    return sorted({Path(path).name for path in paths if NOTED_LIBRARIES.search(Path(path).name)})

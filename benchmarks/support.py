@@ -1,0 +1,124 @@
+"""The support matrix: what each backend says, through its refusals, of sample calls of every operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.readme import ReadmeError, markdown_table
+from pyarch import hardware, native
+from pyarch.dispatch import BACKENDS, Call, Op, Verdict
+from pyarch.ops.conv import BACKWARD, FORWARD, ConvCall
+
+# Each backend is asked about the device it is made for; the matrix must not depend on this machine's.
+DEVICES = {
+    "triton": ("cuda", "sm_90"),
+    "cuda": ("cuda", "sm_90"),
+    "cpu": ("cpu", "avx512"),
+    "torch": ("cpu", "avx512"),
+    "reference": ("cpu", "avx512"),
+}
+
+# Features of depthwise convolution as changes of one plain 2-D call.
+CONV_FEATURES: dict[str, dict] = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float64": {"dtype": torch.float64},
+    "1-D": {"sizes": (128,)},
+    "2-D": {},
+    "3-D": {"sizes": (16, 16, 16)},
+    "channels_last": {"channels_last": True},
+    "kernel 31": {"kernel": 31},
+    "stride 2": {"stride": 2},
+    "dilation 2": {"dilation": 2},
+    "even kernel, padding 'same'": {"kernel": 4, "padding": (1, 2)},
+    "padding_mode reflect": {"padding_mode": "reflect"},
+    "padding_mode replicate": {"padding_mode": "replicate"},
+    "padding_mode circular": {"padding_mode": "circular"},
+    "depth multiplier 2": {"multiplier": 2},
+}
+
+
+def conv_call(
+    device: str,
+    architecture: str,
+    dtype: torch.dtype = torch.float32,
+    sizes: tuple[int, ...] = (56, 56),
+    kernel: int = 3,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: tuple[int, int] = (1, 1),
+    padding_mode: str = "zeros",
+    channels_last: bool = False,
+    multiplier: int = 1,
+) -> ConvCall:
+    """The metadata of a call with batch 8 and 96 channels, every spatial dimension alike."""
+    dimensions = len(sizes)
+    return ConvCall(
+        device=device,
+        architecture=architecture,
+        dtype=dtype,
+        input_shape=(8, 96, *sizes),
+        weight_shape=(96 * multiplier, 1, *(kernel,) * dimensions),
+        stride=(stride,) * dimensions,
+        padding=padding * dimensions,
+        dilation=(dilation,) * dimensions,
+        padding_mode=padding_mode,
+        channels_last=channels_last,
+    )
+
+
+# Operator -> its passes, the features asked about, what builds a call from a device and a feature's changes.
+OPERATORS: dict[str, tuple[dict[str, Op], dict[str, dict], Callable[..., Call]]] = {
+    "depthwise_conv": ({"forward": FORWARD, "backward": BACKWARD}, CONV_FEATURES, conv_call),
+}
+
+
+def support_matrix() -> str:
+    """Operators and features downward, backends across; what is refused is numbered and told below.
+
+    Raises:
+        ReadmeError: a backend is missing on this machine, so that its refusals would be about that.
+    """
+    missing = list(missing_backends())
+    if missing:
+        raise ReadmeError(f"the support matrix needs every backend: {'; '.join(missing)}")
+    notes: dict[str, int] = {}
+    body = [
+        [operator, feature, *(cell(passes, backend, build, changes, notes) for backend in BACKENDS)]
+        for operator, (passes, features, build) in OPERATORS.items()
+        for feature, changes in features.items()
+    ]
+    numbered = [f"{number}. {reason}" for reason, number in notes.items()]
+    return "\n\n".join([markdown_table(["operator", "feature", *BACKENDS], body), "\n".join(numbered)])
+
+
+def missing_backends() -> Iterator[str]:
+    if native.serving()[0] is None:
+        yield native.serving()[1]
+    if hardware.triton_version() is None:
+        yield "Triton is not installed"
+
+
+def cell(passes: dict[str, Op], backend: str, build: Callable[..., Call], changes: dict, notes: dict) -> str:
+    """What a backend answers, one answer where its passes agree; reasons become numbered notes."""
+    call = build(*DEVICES[backend], **changes)
+    verdicts = {
+        name: verdict
+        for name, op in passes.items()
+        for verdict in op.explain(call)
+        if verdict.backend == backend
+    }
+    answers = {name: answer(verdict, notes) for name, verdict in verdicts.items()}
+    if len(set(answers.values())) == 1:
+        return next(iter(answers.values()))
+    return ", ".join(f"{name} {said}" for name, said in answers.items())
+
+
+def answer(verdict: Verdict, notes: dict[str, int]) -> str:
+    if verdict.accepts:
+        return "yes"
+    number = notes.setdefault(verdict.reason, len(notes) + 1)
+    return f"{'no' if verdict.refusals else 'on request'} ({number})"

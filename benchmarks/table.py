@@ -1,0 +1,149 @@
+"""Results as a table on a terminal: cases in order, or the whole sweep worst first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+WIDTH_ELSEWHERE = 190
+WIDE = 165
+LOSS_BELOW = 0.95
+LOSS_OVER_US = 15.0
+SWEEP_ROWS_SHOWN = 40
+BUSY_SHARE = 0.5
+GOAL_FORMATS = {
+    "speedup": ">= {:g}x",
+    "copy_share": ">= {:.0%} copy",
+    "us": "<= {:g} us",
+    "added_us": "<= +{:g} us",
+}
+
+
+def print_results(document: dict) -> None:
+    """Print the table of a run, its failures, and one line that sums it up."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(width=WIDTH_ELSEWHERE, highlight=False)
+    measured = [row for row in document["rows"] if not row.get("failure")]
+    failures = [row for row in document["rows"] if row.get("failure")]
+    sweep = document.get("extent") == "sweep"
+    shown = sorted(measured, key=worst_first)[:SWEEP_ROWS_SHOWN] if sweep else beside_each_other(measured)
+    if shown:
+        console.print(as_table(document, shown, console.width))
+    for row in failures:
+        console.print(
+            f"FAILED {row['case']} [{row['allocator']}, {row['isa']}]: {row['failure']}", markup=False
+        )
+    for line in variant_lines(document["environment"]):
+        console.print(line, markup=False)
+    console.print(sum_up(measured, failures, sweep), markup=False)
+
+
+def as_table(document: dict, rows: list[dict], width: int) -> Table:
+    table = Table(title=heading(document["environment"]), box=box.SIMPLE_HEAD)
+    columns = {title: cell for title, cell in COLUMNS.items() if width >= WIDE or title in NARROW_COLUMNS}
+    for title in columns:
+        table.add_column(title, justify="left" if title in LEFT_COLUMNS else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    return table
+
+
+def heading(environment: dict) -> str:
+    gpu = environment["gpu"]
+    device = gpu["name"] if gpu else f"{environment['cpu']['model']} ({environment['device']})"
+    dirty = " with changes" if environment["dirty"] else ""
+    return (
+        f"{device}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"copy {environment['copy_gb_per_s']:.1f} GB/s, "
+        f"commit {environment['commit'][:12]}{dirty}, {environment['date']}"
+    )
+
+
+def variant_lines(environment: dict) -> list[str]:
+    """A warning where other work was running; for each variant which kernels served and what was loaded."""
+    load, cores = environment["load_average"][0], environment["cpu"]["cores"]
+    busy = [f"WARNING: load {load} on {cores} cores at the start, other work distorts these figures"]
+    return busy * (load > BUSY_SHARE * cores) + [
+        f"{each['allocator']}, {each['isa']}: pyarch of the {source_of(environment)}, CPU kernels "
+        f"{each['cpu_kernels']}, torch {each['torch_cpu_capability']}, "
+        f"copy {each['copy_gb_per_s']:.1f} GB/s, libraries {', '.join(each['libraries'])}"
+        for each in environment["variants"]
+    ]
+
+
+def source_of(environment: dict) -> str:
+    return {"clone": "clone (which shadows an installed build)"}.get(
+        environment["pyarch"], environment["pyarch"]
+    )
+
+
+def speedup_cell(row: dict) -> str:
+    if "added_us" in row:
+        return f"{row['added_us']['median']:+.1f} us"
+    speedup = row["speedup"]
+    loss = " LOSS" if is_loss(row) else ""
+    return f"{speedup['median']:.2f} [{speedup['low']:.2f}-{speedup['high']:.2f}]{loss}"
+
+
+def goal_cell(row: dict) -> str:
+    return GOAL_FORMATS[row["goal"]["metric"]].format(row["goal"]["value"]) if row["goal"] else "-"
+
+
+def error_cell(errors: dict) -> str:
+    """The error of ours beside stock's, where ours compares worst; or the one that stock has wrong."""
+    wrong = [f"{each['ours']:.1e} / wrong" for each in errors.values() if each["stock"] is None]
+    if wrong or not errors:
+        return wrong[0] if wrong else "-"
+    worst = max(errors.values(), key=lambda each: each["ours"] / max(each["stock"], 1e-30))
+    return f"{worst['ours']:.1e} / {worst['stock']:.1e}"
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "case": lambda row: row["case"],
+    "pass": lambda row: row["pass"],
+    "variant": lambda row: f"{row['allocator']} {row['isa']}",
+    "stock ms": lambda row: f"{row['stock']['median_ms']:.4g}",
+    "ours ms": lambda row: f"{row['ours']['median_ms']:.4g}",
+    "speedup [95 %]": speedup_cell,
+    "goal": goal_cell,
+    "met": lambda row: {True: "yes", False: "NO", None: "-"}[row["met"]],
+    "GB/s": lambda row: f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "-",
+    "of copy": lambda row: f"{row['copy_share']:.0%}" if "copy_share" in row else "-",
+    "error ours / stock": lambda row: error_cell(row.get("error", {})),
+    "backend": lambda row: ", ".join(row.get("backend", {}).values()) or "-",
+}
+LEFT_COLUMNS = ("case", "pass", "variant", "backend")
+NARROW_COLUMNS = ("case", "pass", "speedup [95 %]", "met")
+
+
+def is_loss(row: dict) -> bool:
+    """Slower than stock by more than 5 % and by more than 15 us a call."""
+    lost_us = (row["ours"]["median_ms"] - row["stock"]["median_ms"]) * 1e3
+    return "added_us" not in row and row["speedup"]["median"] < LOSS_BELOW and lost_us > LOSS_OVER_US
+
+
+def worst_first(row: dict) -> tuple[bool, float]:
+    return not is_loss(row), row["speedup"]["median"]
+
+
+def beside_each_other(rows: list[dict]) -> list[dict]:
+    """The rows of all variants, those of one case and pass together, in order of first appearance."""
+    order: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        order.setdefault((row["case"], row["pass"]), []).append(row)
+    return [row for group in order.values() for row in group]
+
+
+def sum_up(measured: list[dict], failures: list[dict], sweep: bool) -> str:
+    losses = sum(is_loss(row) for row in measured)
+    goals = [row["met"] for row in measured if row["met"] is not None]
+    rule = f"below {LOSS_BELOW}x of stock by more than {LOSS_OVER_US:g} us"
+    words = [f"{len(measured)} rows, {losses} losses ({rule})"]
+    words += [f"goals met {sum(goals)} of {len(goals)}"] * bool(goals)
+    words += [f"{min(SWEEP_ROWS_SHOWN, len(measured))} worst shown"] * sweep
+    words += [f"{len(failures)} failed"] * bool(failures)
+    return "; ".join(words)

@@ -1,0 +1,287 @@
+// Depthwise convolution on (N, D, H, W, C) images with kernels of at most SMALL_CHUNK taps a dimension: bound by memory,
+// so tiles read the images themselves. A band runs along H and its lanes along (W, C), whose vectors follow one another
+// in memory: a line is fetched for one band and used by all its rows. Padding is never read: columns leave taps out, and
+// the few rows at the top and bottom have tables of their own.
+//
+// Where C is no multiple of LANES the last group is moved back over channels already done, by the same thread and with
+// the same result.
+#include <cstring>
+#include <memory>
+
+#include "conv_channels.h"
+#include "conv_sweep.h"
+
+namespace pyarch {
+namespace {
+
+constexpr int64_t PREFETCH_AHEAD = 128;  // elements along a row: some tiles' work
+
+// Rows of targets that share sources, or one row at the top or bottom with the taps that are not padding.
+struct Band {
+  int64_t height;
+  int rows;
+  const TapTables* tables;
+};
+
+// One kind of target (outputs, or input places of one phase), read from images of `size` places.
+struct Plan {
+  Axis axes[3];
+  int64_t size[3];
+  int64_t channels;
+  TapTables tables;
+  std::vector<std::unique_ptr<TapTables>> edges;
+  std::vector<Span> width_taps;  // of every target along the width, from `first_width`
+  int64_t first_width;
+
+  Plan(const ConvShape& shape, Axis depth, Axis height, Axis width, const int64_t (&sources)[3], Span widths)
+      : axes{std::move(depth), std::move(height), std::move(width)},
+        size{sources[0], sources[1], sources[2]},
+        channels(shape.channels),
+        first_width(widths.begin) {
+    const int64_t row = size[2] * channels;
+    tables = tap_tables({0}, scaled(axes[0].taps, size[1] * row), NO_TAPS, axes[1].taps,
+                        scaled(axes[2].taps, channels), axes[1].spacing, row, shape.taps());
+    for (int64_t target = widths.begin; target < widths.end; ++target)
+      width_taps.push_back(axes[2].real_taps(target));
+  }
+
+  int64_t offset(const TilePlace& tile) const {
+    return ((axes[0].first_source(tile.depth) * size[1] + axes[1].first_source(tile.height)) * size[2] +
+            axes[2].first_source(tile.width)) *
+           channels;
+  }
+
+  std::vector<Band> bands(Span heights) {
+    std::vector<Band> all;
+    Span inner = heights;
+    while (inner.begin < inner.end && !has_all_taps(inner.begin)) all.push_back(edge(inner.begin++));
+    while (inner.begin < inner.end && !has_all_taps(inner.end - 1)) all.push_back(edge(--inner.end));
+    sweep_bands(inner, axes[1].period, [&](int64_t height, int rows) { all.push_back({height, rows, &tables}); });
+    return all;
+  }
+
+ private:
+  bool has_all_taps(int64_t height) const {
+    return axes[1].real_taps(height).size() == int64_t(axes[1].taps.size());
+  }
+
+  Band edge(int64_t height) {
+    auto trimmed = std::make_unique<TapTables>(tables);
+    const Span real = axes[1].real_places(height);
+    trimmed->chunks.clear();
+    for (const Chunk& chunk : tables.chunks) {
+      int first = 0, last = chunk.taps;
+      while (first < last && chunk.at + first * tables.spacing < real.begin) ++first;
+      while (first < last && chunk.at + (last - 1) * tables.spacing >= real.end) --last;
+      if (first < last)
+        trimmed->chunks.push_back({last - first, chunk.source + first * tables.band_step, chunk.weight + first,
+                                   chunk.step, chunk.at + first * tables.spacing});
+    }
+    std::stable_sort(trimmed->chunks.begin(), trimmed->chunks.end(),
+                     [](const Chunk& a, const Chunk& b) { return a.taps < b.taps; });
+    edges.push_back(std::move(trimmed));
+    return {height, 1, edges.back().get()};
+  }
+};
+
+// Calls visit(group, tile, tables) for all tiles of some bands.
+template <class Visit>
+void sweep_places(const Plan& plan, Span depths, const std::vector<Band>& bands, int64_t groups, Visit&& visit) {
+  TilePlace tile;
+  tile.lanes = first_lanes(LANES), tile.all_lanes = true;
+  tile.range.height = {0, 1}, tile.range.places = EVERYWHERE;
+  for (tile.depth = depths.begin; tile.depth < depths.end; ++tile.depth) {
+    tile.range.depth = plan.axes[0].real_taps(tile.depth);
+    for (const Band& band : bands) {
+      tile.height = band.height, tile.band = band.rows;
+      for (size_t i = 0; i < plan.width_taps.size(); ++i) {
+        tile.width = plan.first_width + int64_t(i), tile.range.lane = plan.width_taps[i];
+        for (int64_t group = 0; group < groups; ++group) visit(group, tile, *band.tables);
+      }
+    }
+  }
+}
+
+int64_t first_channel(const ConvShape& shape, int64_t group) {
+  return std::min(group * LANES, shape.channels - LANES);
+}
+
+// Runs one tile into an image, `out_step` elements between rows, and fetches what later tiles will read and write.
+template <class T>
+void correlate_places(const TapTables& tables, const TilePlace& place, const T* source, const float* weights,
+                      const float* bias, T* out, int64_t out_step) {
+  for (int r = 0; r < place.band; ++r) {
+    __builtin_prefetch(source + r * tables.band_step + PREFETCH_AHEAD);
+    __builtin_prefetch(out + r * out_step + PREFETCH_AHEAD, 1);
+  }
+  alignas(64) float block[BAND * LANES];
+  CorrelateTile<T> tile{source, weights, bias, block, LANES, place.lanes, true};
+  if constexpr (std::is_same_v<T, float>) tile.out = out, tile.out_step = out_step;
+  correlate_vector_weights(place.band, tables, place.range, tile);
+  if constexpr (!std::is_same_v<T, float>)
+    for (int r = 0; r < place.band; ++r) store(out + r * out_step, load(block + r * LANES));
+}
+
+template <class T>
+void pack_group(const TapTables& tables, const T* weight, int64_t taps, float* packed) {
+  for (int64_t i = 0; i < tables.packed(); ++i)
+    for (int64_t lane = 0; lane < LANES; ++lane)
+      packed[i * LANES + lane] = to_float(weight[lane * taps + tables.order[i]]);
+}
+
+// Rows a task: as many as one band where there is work enough.
+int64_t row_parts(const ConvShape& shape, int64_t rows) {
+  return std::min(rows, std::max(ceil_div(rows, BAND), ceil_div(TASKS, shape.batch * shape.in[0])));
+}
+
+Span part(int64_t size, int64_t index, int64_t parts) { return {size * index / parts, size * (index + 1) / parts}; }
+
+}  // namespace
+
+bool reads_in_place(const ConvShape& shape) {
+  return shape.mode == PaddingMode::zeros && shape.multiplier == 1 && shape.kernel[2] <= SMALL_CHUNK &&
+         shape.kernel[1] <= SMALL_CHUNK && shape.kernel[0] <= SMALL_CHUNK && shape.channels >= LANES;
+}
+
+template <class T>
+void forward_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const ParallelFor& parallel) {
+  const int64_t groups = group_count(shape), channels = shape.channels;
+  Plan plan(shape, forward_axis(shape, 0), forward_axis(shape, 1), forward_axis(shape, 2), shape.in,
+                  {0, shape.out[2]});
+  const int64_t kernel = plan.tables.packed() * LANES;
+  float* const weights = scratch(Slot::shared_weights, groups * (kernel + LANES));
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t first = first_channel(shape, group);
+    float* const to = weights + group * (kernel + LANES);
+    pack_group(plan.tables, args.weight + first * shape.taps(), shape.taps(), to);
+    store(to + kernel, args.bias ? load(args.bias + first) : zero());
+  }
+
+  const int64_t parts = row_parts(shape, shape.out[1]);
+  std::vector<std::vector<Band>> bands;
+  for (int64_t i = 0; i < parts; ++i) bands.push_back(plan.bands(part(shape.out[1], i, parts)));
+  parallel(shape.batch * shape.out[0] * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / parts / shape.out[0], depth = task / parts % shape.out[0];
+      const T* const input = args.input + image * shape.in_size() * channels;
+      T* const output = args.output + image * shape.out_size() * channels;
+      const int64_t row = shape.out[2] * channels, band_step = plan.axes[1].period * row;
+      sweep_places(plan, {depth, depth + 1}, bands[task % parts], groups,
+                   [&](int64_t group, const TilePlace& tile, const TapTables& tables) {
+                     const int64_t first = first_channel(shape, group);
+                     const float* const packed = weights + group * (kernel + LANES);
+                     T* const out = output + (tile.depth * shape.out[1] + tile.height) * row + tile.width * channels;
+                     correlate_places(tables, tile, input + plan.offset(tile) + first, packed, packed + kernel,
+                                      out + first, band_step);
+                   });
+    }
+  });
+}
+
+template <class T>
+void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, const ParallelFor& parallel) {
+  const int64_t groups = group_count(shape), channels = shape.channels;
+  Plan outputs(shape, forward_axis(shape, 0), forward_axis(shape, 1), forward_axis(shape, 2), shape.in,
+                     {0, shape.out[2]});
+
+  // Input places by phase of the stride, each phase with its own taps and weights.
+  struct Phase {
+    int64_t of[3];
+    Plan plan;
+    int64_t first_weight;
+    std::vector<std::vector<Band>> bands;  // of every part
+  };
+  std::vector<Phase> phases;
+  int64_t kernel = 0;
+  for (int64_t d = 0; args.grad_input && d < shape.stride[0]; ++d)
+    for (int64_t h = 0; h < shape.stride[1]; ++h)
+      for (int64_t w = 0; w < shape.stride[2]; ++w) {
+        phases.push_back({{d, h, w},
+                          {shape, gradient_axis(shape, 0, d), gradient_axis(shape, 1, h), gradient_axis(shape, 2, w),
+                           shape.out, gradient_targets(shape, 2, w, {0, shape.in[2]})},
+                          kernel,
+                          {}});
+        kernel += phases.back().plan.tables.packed() * LANES;
+      }
+  float* const weights = scratch(Slot::shared_weights, groups * kernel);
+  for (int64_t group = 0; group < groups; ++group)
+    for (const Phase& phase : phases)
+      pack_group(phase.plan.tables, args.weight + first_channel(shape, group) * shape.taps(), shape.taps(),
+                 weights + group * kernel + phase.first_weight);
+
+  // Stretches of parts sum their weight gradients in order; how many there are depends on the shape alone.
+  const int64_t parts = std::min(row_parts(shape, shape.in[1]), shape.out[1]);
+  const int64_t depths = std::min(shape.in[0], shape.out[0]);
+  const int64_t units = shape.batch * depths * parts, stretches = std::min(units, TASKS);
+  std::vector<std::vector<Band>> output_bands;
+  for (int64_t i = 0; i < parts; ++i) {
+    output_bands.push_back(outputs.bands(part(shape.out[1], i, parts)));
+    for (Phase& phase : phases)
+      phase.bands.push_back(
+          phase.plan.bands(gradient_targets(shape, 1, phase.of[1], part(shape.in[1], i, parts))));
+  }
+  const int64_t packed = outputs.tables.packed(), sums_a_group = (packed + 1) * LANES;
+  const bool wants_sums = args.grad_weight || args.grad_bias;
+  float* const sums = wants_sums ? scratch(Slot::shared_sums, stretches * groups * sums_a_group) : nullptr;
+
+  parallel(stretches, [&](int64_t begin, int64_t end) {
+    for (int64_t stretch = begin; stretch < end; ++stretch) {
+      float* const own_sums = sums + stretch * groups * sums_a_group;
+      if (sums) std::memset(own_sums, 0, groups * sums_a_group * sizeof(float));
+      for (int64_t unit = units * stretch / stretches; unit < units * (stretch + 1) / stretches; ++unit) {
+        const int64_t image = unit / parts / depths, depth = unit / parts % depths, index = unit % parts;
+        const T* const grad_output = args.grad_output + image * shape.out_size() * channels;
+        T* const to = args.grad_input + image * shape.in_size() * channels;
+        for (const Phase& phase : phases) {
+          const Span places = gradient_targets(shape, 0, phase.of[0], part(shape.in[0], depth, depths));
+          const int64_t row = shape.in[2] * channels, band_step = phase.plan.axes[1].period * shape.stride[1] * row;
+          sweep_places(phase.plan, places, phase.bands[index], groups,
+                       [&](int64_t group, const TilePlace& tile, const TapTables& tables) {
+                         const int64_t first = first_channel(shape, group);
+                         const int64_t d = gradient_place(shape, 0, phase.of[0], tile.depth);
+                         const int64_t h = gradient_place(shape, 1, phase.of[1], tile.height);
+                         const int64_t w = gradient_place(shape, 2, phase.of[2], tile.width);
+                         correlate_places(tables, tile, grad_output + phase.plan.offset(tile) + first,
+                                          weights + group * kernel + phase.first_weight, nullptr,
+                                          to + (d * shape.in[1] + h) * row + w * channels + first, band_step);
+                       });
+        }
+        if (!sums) continue;
+        const T* const input = args.input + image * shape.in_size() * channels;
+        const int64_t grad_step = outputs.axes[1].period * shape.out[2] * channels;
+        sweep_places(outputs, part(shape.out[0], depth, depths), output_bands[index], groups,
+                     [&](int64_t group, const TilePlace& tile, const TapTables& tables) {
+                       const int64_t first = first_channel(shape, group);
+                       const int64_t place = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
+                       float* const group_sums = own_sums + group * sums_a_group;
+                       reduce<T>(tile.band, tables, tile.range,
+                                 {input + outputs.offset(tile) + first, grad_output + place * channels + first,
+                                  grad_step, args.grad_weight ? group_sums : nullptr,
+                                  group_sums + packed * LANES, tile.lanes, true});
+                     });
+      }
+    }
+  });
+
+  if (!sums) return;
+  for (int64_t stretch = 1; stretch < stretches; ++stretch)
+    for (int64_t at = 0; at < groups * sums_a_group; at += LANES)
+      store(sums + at, add(load(sums + at), load(sums + stretch * groups * sums_a_group + at)));
+  for (int64_t group = 0; group < groups; ++group)
+    for (int64_t lane = 0; lane < LANES; ++lane) {
+      const int64_t o = first_channel(shape, group) + lane;
+      const float* const total = sums + group * sums_a_group + lane;
+      for (int64_t at = 0; args.grad_weight && at < packed; ++at)
+        from_float(total[at * LANES], args.grad_weight[o * shape.taps() + outputs.tables.order[at]]);
+      if (args.grad_bias) from_float(total[packed * LANES], args.grad_bias[o]);
+    }
+}
+
+#define INSTANTIATE(T)                                                                         \
+  template void forward_in_place(const ConvShape&, const ForwardArgs<T>&, const ParallelFor&); \
+  template void backward_in_place(const ConvShape&, const BackwardArgs<T>&, const ParallelFor&);
+INSTANTIATE(float)
+INSTANTIATE(bfloat16)
+INSTANTIATE(float16)
+
+}  // namespace pyarch

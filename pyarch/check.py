@@ -1,0 +1,99 @@
+"""The user's own model from the shell: MODULE:FACTORY and the shapes of its inputs, verified."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INDEX_DTYPE = "int64"
+
+
+class SpecError(ValueError):
+    """What was typed on the command line is not understood; the text says what is needed."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input: its shape, and for integers the bound below which they are drawn."""
+
+    shape: tuple[int, ...]
+    bound: int | None = None
+
+    def draw(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Random numbers: normal ones, or integers from 0 to below the bound."""
+        if self.bound is not None:
+            return torch.randint(self.bound, self.shape, device=device)
+        return torch.randn(self.shape, device=device).to(dtype)
+
+
+def read_input(text: str) -> InputSpec:
+    """Read "8,3,224,224", or "2,16:int64:1000" for integers below 1000.
+
+    Raises:
+        SpecError: anything else; the text says what is needed.
+    """
+    shape, *kind = text.split(":")
+    need = f"--input {text}: needs SHAPE such as 8,3,224,224, or SHAPE:int64:BOUND for integers"
+    try:
+        sizes = tuple(int(size) for size in shape.split(","))
+        bound = int(kind[1]) if len(kind) == 2 and kind[0] == INDEX_DTYPE else None
+    except ValueError as error:
+        raise SpecError(need) from error
+    if any(size < 0 for size in sizes) or (kind and (bound is None or bound < 1)):
+        raise SpecError(need)
+    return InputSpec(sizes, bound)
+
+
+def find_model(spec: str) -> Callable[[], nn.Module]:
+    """Import MODULE from the current folder or the path, find FACTORY in it, and return what gives the model.
+
+    FACTORY may be a model, or a function or class without required arguments. What it raises when called is
+    its own.
+
+    Raises:
+        SpecError: the text is not MODULE:FACTORY, there is no such module or name, or it needs arguments.
+    """
+    module_name, _, path = spec.partition(":")
+    if not module_name or not path:
+        raise SpecError(f"{spec!r}: needs MODULE:FACTORY, such as mypackage.net:build")
+    target: object = _import(module_name)
+    for name in path.split("."):
+        if not hasattr(target, name):
+            raise SpecError(f"{spec!r}: {getattr(target, '__name__', target)} has no {name!r}")
+        target = getattr(target, name)
+    if isinstance(target, nn.Module):
+        return lambda: target
+    if not callable(target):
+        raise SpecError(f"{spec!r}: is {type(target).__name__}, needs a model or what makes one")
+    try:
+        inspect.signature(target).bind()
+    except TypeError as error:
+        raise SpecError(f"{spec!r}: {error}; needs a factory without required arguments") from error
+    return lambda: _made(spec, target)
+
+
+def _made(spec: str, factory: Callable[[], object]) -> nn.Module:
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{spec!r}: gave {type(model).__name__}, needs a torch.nn.Module")
+    return model
+
+
+def _import(name: str):
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A module that is there, but imports another that is not, shows its own traceback.
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise SpecError(f"no module {error.name!r} in {os.getcwd()} or on the path") from error

@@ -1,0 +1,123 @@
+"""Known architectures before and after `swap`: verified, timed, one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pyarch import hardware, models
+from pyarch.report import Table, as_json, milliseconds, times, with_progress
+from pyarch.swap import swap
+from pyarch.verify import verify
+from pyarch.verify_report import Timing, VerifyReport
+
+SCHEMA = "pyarch.demo/1"
+COLUMNS = (
+    "model",
+    ">layers",
+    "backend",
+    ">forward",
+    ">swapped",
+    ">speedup",
+    ">step",
+    ">swapped",
+    ">speedup",
+    ">worst of allowed",
+    "verified",
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One model of the demo: how many layers were swapped, and the proof."""
+
+    model: str
+    layers: int
+    proof: VerifyReport
+
+    @property
+    def backends(self) -> str:
+        """The backends of the forwards, and after a slash those of the backwards where they differ."""
+        used = [sorted({getattr(each, way) for each in self.proof.layers}) for way in ("forward", "backward")]
+        forward, backward = (", ".join(names) for names in used)
+        return forward if forward == backward else f"{forward} / {backward}"
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        worst = self.proof.worst
+        return (
+            self.model,
+            str(self.layers),
+            self.backends,
+            *_timing_cells(self.proof.timing["forward"]),
+            *_timing_cells(self.proof.timing["step"]),
+            f"{worst.ratio:.2f}" if worst else "-",
+            "yes" if self.proof.ok else "NO",
+        )
+
+
+@dataclass(frozen=True)
+class Demo:
+    """All models that were shown."""
+
+    shown: tuple[Shown, ...]
+    machine: dict[str, str]
+
+    @property
+    def ok(self) -> bool:
+        return all(each.proof.ok for each in self.shown)
+
+    def table(self) -> Table:
+        problems = [
+            f"PROBLEM {each.model}: {problem}" for each in self.shown for problem in each.proof.problems
+        ]
+        machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
+        legend = (
+            "step: forward and backward; worst of allowed: largest error in units of its tolerance, at most 1"
+        )
+        return Table(machine, COLUMNS, [each.row for each in self.shown], (legend, *problems))
+
+    def to_json(self) -> str:
+        rows = [
+            {"model": each.model, "layers": each.layers, "backends": each.backends, **each.proof.as_dict()}
+            for each in self.shown
+        ]
+        return as_json({"schema": SCHEMA, "ok": self.ok, "machine": self.machine, "models": rows})
+
+
+def demonstrate(names: tuple[str, ...], device: torch.device, size: str) -> Demo:
+    """Swap, verify and time the named models.
+
+    Args:
+        names: of `pyarch.models.names()`.
+        device: where they run.
+        size: "real" or "tiny".
+    """
+    shown = tuple(_show(name, device, size) for name in with_progress(names))
+    return Demo(shown, machine_of(device))
+
+
+def machine_of(device: torch.device) -> dict[str, str]:
+    """What a figure must carry: the device, its threads, the versions."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else hardware.cpu_model(),
+        "architecture": hardware.architecture(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "triton": hardware.triton_version() or "none",
+    }
+
+
+def _show(name: str, device: torch.device, size: str) -> Shown:
+    torch.manual_seed(0)
+    model = models.build(name, size).to(device)
+    inputs = models.load(name).inputs(models.config(name, size), 0)
+    report = swap(model)
+    proof = verify(model, tuple(tensor.to(device) for tensor in inputs))
+    return Shown(name, len(report.swapped), proof)
+
+
+def _timing_cells(timing: Timing) -> tuple[str, str, str]:
+    return milliseconds(timing.stock), milliseconds(timing.swapped), times(timing.speedup)

@@ -1,0 +1,55 @@
+"""The tensors inside what models take and give: tensors, tuples, lists, mappings, dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Arguments = tuple[tuple, dict]
+
+
+def as_arguments(inputs: Tensor | tuple | list | Mapping) -> Arguments:
+    """What a user calls inputs, as positional and named arguments of a forward.
+
+    Raises:
+        TypeError: neither a tensor, nor a tuple or list of arguments, nor a mapping of named ones.
+    """
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    raise TypeError(
+        f"inputs: got {type(inputs).__name__}, needs a tensor, a tuple of arguments or a dict of named ones"
+    )
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
+    """The same arguments with every tensor replaced."""
+    return pytree.tree_map_only(Tensor, function, arguments)
+
+
+def floating_tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every floating tensor inside a value, with the expression that reaches it."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from floating_tensors(each, f"{name}[{key!r}]")
+    elif isinstance(value, tuple | list):
+        for index, each in enumerate(value):
+            yield from floating_tensors(each, f"{name}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from floating_tensors(getattr(value, field.name), f"{name}.{field.name}")
+
+
+def in_dtype(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A cast of floating tensors that leaves every other alone."""
+    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,103 @@
+"""Which layers of a model ran, on what, and on which backend each pass of theirs went."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pyarch.dispatch import Backend, Call, Op, recording
+from pyarch.nested import Arguments, floating_tensors, map_tensors
+
+# A layer whose operator never asked dispatch went straight to torch's own.
+STRAIGHT_TO_TORCH = "torch"
+
+
+@dataclass
+class Observed:
+    """What one layer did.
+
+    Args:
+        calls: how often it ran.
+        arguments: of its first call, detached, or None.
+        cast: device type, dtype and whether autocast was on in that call.
+        forward, backward: names of the backends that ran it, in order of appearance.
+        gradients_arrived: whether a gradient of its output came.
+    """
+
+    calls: int = 0
+    arguments: Arguments | None = None
+    cast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)
+    forward: list[str] = field(default_factory=list)
+    backward: list[str] = field(default_factory=list)
+    gradients_arrived: bool = False
+
+    def autocast(self) -> torch.autocast:
+        """The autocast under which the first call ran."""
+        kind, dtype, enabled = self.cast
+        return torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+    @property
+    def forward_backend(self) -> str:
+        return "+".join(self.forward) or (STRAIGHT_TO_TORCH if self.calls else "-")
+
+    @property
+    def backward_backend(self) -> str:
+        return "+".join(self.backward) or (STRAIGHT_TO_TORCH if self.gradients_arrived else "-")
+
+
+@contextmanager
+def observing(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Observed]]:
+    """Watch the layers (of a copy) during the block; the dict fills while they run."""
+    observed = {name: Observed() for name in layers}
+    # The layer whose pass this thread is in: autograd runs a backward in threads of its own.
+    current = threading.local()
+
+    def record(op: Op, call: Call, backend: Backend) -> None:
+        layer = getattr(current, "layer", None)
+        if layer is not None:
+            used = layer.backward if current.backward else layer.forward
+            if backend.name not in used:
+                used.append(backend.name)
+
+    def watch(layer: Observed) -> list:
+        def enter(module, args, kwargs):
+            if not layer.calls:
+                layer.arguments = map_tensors(Tensor.detach, (args, kwargs))
+                layer.cast = _autocast_state(layer.arguments)
+            layer.calls += 1
+            current.layer, current.backward = layer, False
+
+        def leave(module, args, kwargs, output):
+            current.layer = None
+            for _, tensor in floating_tensors(output, "output"):
+                if tensor.requires_grad:
+                    tensor.register_hook(arrive)
+
+        def arrive(gradient):
+            layer.gradients_arrived = True
+            current.layer, current.backward = layer, True
+
+        return [enter, leave]
+
+    handles = []
+    for name, module in layers.items():
+        enter, leave = watch(observed[name])
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    try:
+        with recording(record):
+            yield observed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _autocast_state(arguments: Arguments) -> tuple[str, torch.dtype, bool]:
+    tensors = [*floating_tensors(arguments[0], ""), *floating_tensors(arguments[1], "")]
+    kind = tensors[0][1].device.type if tensors else "cpu"
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)

@@ -1,0 +1,198 @@
+"""One forward and backward of a model, and what three such passes say of each other by the tolerance rule."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pyarch.copies import same_randomness
+from pyarch.nested import Arguments, floating_tensors, map_tensors
+from pyarch.tolerance import NEGLIGIBLE, allowed, error, scale
+from pyarch.verify_report import Comparison
+
+
+@dataclass
+class Cotangents:
+    """Random dense gradients of outputs, the same for every pass, drawn once for each name."""
+
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(1))
+    drawn: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, name: str, output: Tensor) -> Tensor:
+        """The gradient of an output, rounded to the dtype of the first pass that asked."""
+        if name not in self.drawn:
+            values = torch.randn(output.shape, generator=self.generator, dtype=torch.float64)
+            self.drawn[name] = values.to(output.dtype)
+        return self.drawn[name].to(output)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Outputs and gradients of one pass, by name."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def run(
+    module: nn.Module,
+    arguments: Arguments,
+    cotangents: Cotangents,
+    backward: bool,
+    cast: Callable[[Tensor], Tensor] = Tensor.clone,
+) -> Results:
+    """Run a copy forward and, if asked, backward from dense cotangents on every floating output.
+
+    Args:
+        module: its parameters' gradients are overwritten.
+        arguments: left as they are; floating ones become leaves whose gradients are results.
+        cotangents: the gradients of the outputs.
+        backward: whether to run it.
+        cast: applied to each argument first.
+    """
+    module.zero_grad(set_to_none=True)
+    arguments = map_tensors(lambda tensor: cast(tensor.detach()), arguments)
+    leaves = {}
+    if backward:
+        leaves = dict([*floating_tensors(arguments[0], "input"), *floating_tensors(arguments[1], "input")])
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+    # The clones let a model write into its inputs.
+    args, kwargs = map_tensors(torch.clone, arguments)
+    torch.clear_autocast_cache()
+    with same_randomness(), torch.inference_mode(False), torch.set_grad_enabled(backward):
+        outputs = dict(floating_tensors(module(*args, **kwargs), "output"))
+        if backward:
+            _propagate(outputs, cotangents)
+    gradients = {name: leaf.grad for name, leaf in leaves.items()}
+    gradients.update((name, parameter.grad) for name, parameter in module.named_parameters())
+    present = {name: _dense(gradient) for name, gradient in gradients.items() if gradient is not None}
+    return Results({name: output.detach() for name, output in outputs.items()}, present)
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """A whole model compared.
+
+    Args:
+        outputs, gradients: the comparisons.
+        noise: torch's own worst error relative to its tensor.
+        any_gradient: whether the reference has a gradient different from zero.
+        missing: names that some run has and another lacks.
+    """
+
+    outputs: list[Comparison]
+    gradients: list[Comparison]
+    noise: float
+    any_gradient: bool
+    missing: list[str]
+
+
+def compare_end_to_end(ours: Results, stocks: list[Results], reference: Results) -> EndToEnd:
+    """Compare a whole model.
+
+    torch's own error is the largest of several of its runs, some with parameters moved by a rounding. Its
+    worst
+    relative error over all tensors stands in for each: a lone number may be right by luck. A gradient may
+        jump where
+    an activation changes side by rounding, in one run and not in another, so the square root of the dtype's
+    epsilon is granted; the layers by themselves, on equal inputs, are held to the rule without that.
+    """
+    missing = _keep_shared([ours, *stocks, reference])
+    outputs = _errors([each.outputs for each in stocks], reference.outputs)
+    gradients = _errors([each.gradients for each in stocks], reference.gradients)
+    scales = _layer_scales(reference.gradients)
+    output_noise = _noise(outputs, reference.outputs, {})
+    gradient_noise = _noise(gradients, reference.gradients, scales)
+    return EndToEnd(
+        _compare(ours.outputs, outputs, reference.outputs, {}, output_noise),
+        _compare(ours.gradients, gradients, reference.gradients, scales, gradient_noise, kinks=True),
+        max(output_noise, gradient_noise),
+        any(scale(each) > 0 for each in reference.gradients.values()),
+        missing,
+    )
+
+
+def compare_layer(
+    ours: Results, stock: Results, reference: Results
+) -> tuple[list[Comparison], list[Comparison]]:
+    """Outputs and gradients of one layer by itself: the rule as it stands."""
+    _keep_shared([ours, stock, reference])
+    largest = max((scale(each) for each in reference.gradients.values()), default=0.0)
+    outputs = _errors([stock.outputs], reference.outputs)
+    gradients = _errors([stock.gradients], reference.gradients)
+    return (
+        _compare(ours.outputs, outputs, reference.outputs, {}),
+        _compare(ours.gradients, gradients, reference.gradients, dict.fromkeys(reference.gradients, largest)),
+    )
+
+
+def _keep_shared(runs: list[Results]) -> list[str]:
+    """Drop from the runs what not all of them have; returns its names."""
+    missing = []
+    for kind in ("outputs", "gradients"):
+        tensors = [getattr(each, kind) for each in runs]
+        unshared = set().union(*tensors) - set(tensors[0]).intersection(*tensors)
+        for each in tensors:
+            for name in unshared:
+                each.pop(name, None)
+        missing += sorted(unshared)
+    return missing
+
+
+def _errors(stocks: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> dict[str, float]:
+    return {name: max(error(stock[name], wanted) for stock in stocks) for name, wanted in reference.items()}
+
+
+def _noise(errors: dict[str, float], reference: dict[str, Tensor], scales: dict[str, float]) -> float:
+    relative = (
+        errors[name] / (scale(wanted, scales.get(name, 0.0)) or 1.0) for name, wanted in reference.items()
+    )
+    return max(relative, default=0.0)
+
+
+def _compare(
+    ours: dict[str, Tensor],
+    errors: dict[str, float],
+    reference: dict[str, Tensor],
+    scales: dict[str, float],
+    noise: float = 0.0,
+    kinks: bool = False,
+) -> list[Comparison]:
+    comparisons = []
+    for name, wanted in reference.items():
+        dtype, layer_scale = ours[name].dtype, scales.get(name, 0.0)
+        limit = allowed(errors[name], wanted, dtype, layer_scale, noise)
+        if kinks:
+            limit = max(limit, torch.finfo(dtype).eps ** 0.5 * scale(wanted, layer_scale))
+        comparisons.append(Comparison(name, error(ours[name], wanted), errors[name], limit))
+    return comparisons
+
+
+def _layer_scales(gradients: dict[str, Tensor]) -> dict[str, float]:
+    """For each gradient the largest of its layer, or of the model where the whole layer's are negligible.
+
+    The inputs together are a layer.
+    """
+    layers = {name: "input" if name.startswith("input") else name.rpartition(".")[0] for name in gradients}
+    largest: dict[str, float] = defaultdict(float)
+    for name, gradient in gradients.items():
+        largest[layers[name]] = max(largest[layers[name]], scale(gradient))
+    of_model = max(largest.values(), default=0.0)
+    negligible = {layer for layer, value in largest.items() if value < NEGLIGIBLE * of_model}
+    return {name: of_model if layer in negligible else largest[layer] for name, layer in layers.items()}
+
+
+def _propagate(outputs: dict[str, Tensor], cotangents: Cotangents) -> None:
+    reached = {name: output for name, output in outputs.items() if output.requires_grad}
+    if reached:
+        grads = [cotangents.of(name, output) for name, output in reached.items()]
+        torch.autograd.backward(list(reached.values()), grads)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.layout != torch.strided else gradient

@@ -1,0 +1,214 @@
+"""The proof that a swapped model computes what it did, in outputs and gradients, and the speedup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pyarch import dispatch
+from pyarch.copies import (
+    duplicate,
+    jitter,
+    make_dtype,
+    make_stock,
+    same_randomness,
+    silence_dropout,
+    swapped_layers,
+)
+from pyarch.nested import Arguments, as_arguments, in_dtype
+from pyarch.nn.drop_in import DropIn
+from pyarch.observation import Observed, observing
+from pyarch.passes import Cotangents, EndToEnd, compare_end_to_end, compare_layer, run
+from pyarch.swap import checked_model, swap
+from pyarch.timing import time_passes
+from pyarch.verify_report import Comparison, LayerResult, VerifyReport
+
+KERNELS = frozenset(dispatch.BACKENDS) - {"torch", "reference"}
+# Beyond this relative error of torch's own the comparison end to end says little.
+LOUD = 0.1
+MOST_PROBLEMS_LISTED = 10
+
+
+def verify(
+    model: nn.Module,
+    inputs: Tensor | tuple | list | Mapping,
+    *,
+    backward: bool = True,
+    reference_dtype: torch.dtype = torch.float64,
+    timing: bool = True,
+) -> VerifyReport:
+    """Prove outputs and gradients of a swapped model against float64, and time it beside the stock one.
+
+    End to end, a float64 copy, the stock model and the swapped model run on the same inputs and random dense
+    gradients of every floating output. Then every swapped layer runs by itself on the input it met. Errors
+    keep the rule of `pyarch.tolerance`. All of it happens on copies: parameters, buffers, gradients, modes
+    and random generators of yours stay as they are.
+
+    Args:
+        model: swapped already, or stock (then a copy is swapped).
+        inputs: a tensor, a tuple or list of arguments, or a dict of named arguments.
+        backward: also compare the gradients of parameters and floating inputs.
+        reference_dtype: of the reference; float32 on a device that has no float64.
+        timing: also measure both models, in turns.
+
+    Returns:
+        VerifyReport. `report.ok` is False on an error beyond tolerance, when no layer ran a kernel of ours,
+        and when no gradient is different from zero; `report.problems` says which. `report.assert_ok()` raises
+        then.
+
+    Raises:
+        TypeError: `inputs` is none of these, or `model` is no module.
+    """
+    arguments = as_arguments(inputs)
+    with same_randomness():
+        return _proof(model, arguments, backward, reference_dtype, timing)
+
+
+def _proof(
+    model: nn.Module, arguments: Arguments, backward: bool, reference_dtype: torch.dtype, timing: bool
+) -> VerifyReport:
+    ours, notes, problems = _prepared(model)
+    layers = swapped_layers(ours)
+    stock = make_stock(duplicate(ours))
+    end_to_end, observed = _end_to_end(ours, stock, arguments, backward, reference_dtype)
+    results = tuple(
+        _layer_result(name, layer, observed[name], backward, reference_dtype)
+        for name, layer in layers.items()
+    )
+    problems += _problems(results, end_to_end, backward)
+    if layers and not _ran_a_kernel(results):
+        problems.append(f"no layer ran a kernel of ours: {_why_not(layers, observed)}")
+    notes += _notes(results, end_to_end)
+    return VerifyReport(
+        _dtype_name(model),
+        results,
+        tuple(end_to_end.outputs),
+        tuple(end_to_end.gradients),
+        time_passes(stock, ours, arguments, backward) if timing else {},
+        tuple(problems),
+        tuple(notes),
+    )
+
+
+# -------------------------------------------------------------------------------- the runs
+
+
+def _prepared(model: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
+    """A swapped copy without dropout, what was done to it, and what is wrong with it already."""
+    inner = checked_model(model)
+    notes = [] if inner is model else ["the wrapper of torch.compile was left aside"]
+    ours = duplicate(inner)
+    silenced = silence_dropout(ours)
+    if silenced:
+        notes.append(f"dropout set to 0 in {', '.join(silenced)}")
+    problems = []
+    if not swapped_layers(ours):
+        report = swap(ours, min_swaps=0)
+        notes.append(f"the model was not swapped; a copy was: {len(report.swapped)} layers")
+        if not report.swapped:
+            reasons = dict.fromkeys(record.reason for record in report.skipped)
+            problems.append(
+                f"nothing to swap: {'; '.join(reasons) or 'no layer of a family that pyarch has'}"
+            )
+    return ours, notes, problems
+
+
+def _end_to_end(
+    ours: nn.Module, stock: nn.Module, arguments: Arguments, backward: bool, reference_dtype: torch.dtype
+) -> tuple[EndToEnd, dict[str, Observed]]:
+    """Run the whole model in each variant, on copies of `stock`, and compare."""
+    cotangents = Cotangents()
+    # torch's own run comes first: the cotangents are rounded to its dtype.
+    stocks = [run(duplicate(stock), arguments, cotangents, backward)]
+    stocks.append(run(jitter(duplicate(stock)), arguments, cotangents, backward))
+    reference_model = make_dtype(duplicate(stock), reference_dtype)
+    try:
+        reference = run(reference_model, arguments, cotangents, backward, in_dtype(reference_dtype))
+    except (RuntimeError, TypeError, ValueError) as error:
+        error.add_note(f"raised by the copy of the model in {reference_dtype}, which verify compares with")
+        raise
+    with observing(swapped_layers(ours)) as observed:
+        mine = run(ours, arguments, cotangents, backward)
+    return compare_end_to_end(mine, stocks, reference), observed
+
+
+def _layer_result(
+    name: str, layer: DropIn, observed: Observed, backward: bool, reference_dtype: torch.dtype
+) -> LayerResult:
+    """The layer by itself on its first input: swapped, stock and reference, from its present state."""
+    outputs: list[Comparison] = []
+    gradients: list[Comparison] = []
+    if observed.arguments is not None:
+        cotangents = Cotangents()
+        with observed.autocast():
+            stock = run(make_stock(duplicate(layer)), observed.arguments, cotangents, backward)
+            mine = run(duplicate(layer), observed.arguments, cotangents, backward)
+            exact = make_dtype(make_stock(duplicate(layer)), reference_dtype)
+            reference = run(exact, observed.arguments, cotangents, backward, in_dtype(reference_dtype))
+        outputs, gradients = compare_layer(mine, stock, reference)
+    return LayerResult(
+        name,
+        type(layer).__name__,
+        observed.calls,
+        observed.forward_backend,
+        observed.backward_backend,
+        tuple(outputs),
+        tuple(gradients),
+    )
+
+
+# -------------------------------------------------------------------------------- the judgement
+
+
+def _problems(layers: tuple[LayerResult, ...], end_to_end: EndToEnd, backward: bool) -> list[str]:
+    found = [f"model: {each}" for each in (*end_to_end.outputs, *end_to_end.gradients) if not each.kept]
+    for layer in layers:
+        found += [
+            f"layer {layer.name!r}: {each}" for each in (*layer.outputs, *layer.gradients) if not each.kept
+        ]
+    if len(found) > MOST_PROBLEMS_LISTED:
+        found = [
+            *found[:MOST_PROBLEMS_LISTED],
+            f"and {len(found) - MOST_PROBLEMS_LISTED} more beyond tolerance",
+        ]
+    found += [f"{name}: present in one run, missing in another" for name in end_to_end.missing]
+    if not end_to_end.outputs:
+        found.append("the model returned no floating tensor to compare")
+    if backward and not end_to_end.any_gradient:
+        found.append("no gradient is different from zero, so the backward is not proven")
+    return found
+
+
+def _notes(layers: tuple[LayerResult, ...], end_to_end: EndToEnd) -> list[str]:
+    notes = []
+    if end_to_end.noise > LOUD:
+        notes.append(
+            f"torch's own error reaches {end_to_end.noise:.0%} of the largest value: "
+            "end to end the comparison says little, layer by layer it holds"
+        )
+    idle = [layer.name for layer in layers if not layer.calls]
+    if idle:
+        notes.append(f"never called: {', '.join(idle)}")
+    return notes
+
+
+def _ran_a_kernel(layers: tuple[LayerResult, ...]) -> bool:
+    used = {name for layer in layers for each in (layer.forward, layer.backward) for name in each.split("+")}
+    return not KERNELS.isdisjoint(used)
+
+
+def _why_not(layers: dict[str, DropIn], observed: dict[str, Observed]) -> str:
+    """What the backends said of the first layer that ran."""
+    for name, layer in layers.items():
+        arguments = observed[name].arguments
+        if arguments is not None:
+            verdicts = layer.explain(*arguments[0])["forward"]
+            return " | ".join(f"{each.backend}: {each.reason}" for each in verdicts if each.reason)
+    return "none of them was called"
+
+
+def _dtype_name(model: nn.Module) -> str:
+    floating = (each.dtype for each in model.parameters() if each.is_floating_point())
+    return str(next(floating, "no parameters")).removeprefix("torch.")

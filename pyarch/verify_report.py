@@ -1,0 +1,173 @@
+"""What `verify` found: comparisons with float64, backends used, times; as a table, as JSON, as an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from pyarch.report import Table, as_json, milliseconds, times
+
+SCHEMA = "pyarch.verify/1"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor: errors are largest absolute differences to the reference.
+
+    Args:
+        name: what was compared, "output['logits']" or a parameter's name.
+        error: of the swapped model.
+        stock_error: of torch's own, in the same dtype.
+        allowed: the largest error that the tolerance rule grants.
+    """
+
+    name: str
+    error: float
+    stock_error: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        """The error in units of the allowed one: at most 1 where the rule is kept."""
+        if self.error <= self.allowed:
+            return self.error / self.allowed if self.allowed else 0.0
+        return self.error / self.allowed if self.allowed else float("inf")
+
+    @property
+    def kept(self) -> bool:
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        errors = f"error {self.error:.2e}, torch's own {self.stock_error:.2e}"
+        return f"{self.name}: {errors}, allowed {self.allowed:.2e}"
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One swapped layer.
+
+    Args:
+        name, kind: its name and class.
+        calls: how often the model ran it.
+        forward, backward: the backends used, "-" where a pass never came.
+        outputs, gradients: the layer by itself on the input it met in the model, with random dense
+            cotangents.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    forward: str
+    backward: str
+    outputs: tuple[Comparison, ...] = ()
+    gradients: tuple[Comparison, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one pass, stock and swapped measured in turns."""
+
+    stock: float
+    swapped: float
+
+    @property
+    def speedup(self) -> float:
+        return self.stock / self.swapped
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The proof, or what is wrong with it.
+
+    Args:
+        dtype: of the model's first floating parameter.
+        layers: one result a swapped layer.
+        outputs, gradients: of the whole model, end to end.
+        timing: "forward" and, with a backward, "step" (forward and backward); empty where nothing was timed.
+        problems: why `ok` is False.
+        notes: what was done to make the runs comparable.
+    """
+
+    dtype: str
+    layers: tuple[LayerResult, ...]
+    outputs: tuple[Comparison, ...]
+    gradients: tuple[Comparison, ...]
+    timing: dict[str, Timing] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    @property
+    def worst(self) -> Comparison | None:
+        """The comparison nearest to, or farthest beyond, its tolerance."""
+        everything = [*self.outputs, *self.gradients]
+        for layer in self.layers:
+            everything += [*layer.outputs, *layer.gradients]
+        return worst_of(everything)
+
+    def assert_ok(self) -> VerifyReport:
+        """Return the report itself.
+
+        Raises:
+            AssertionError: the verification failed; the text holds every problem.
+        """
+        if not self.ok:
+            raise AssertionError("verify failed:\n  " + "\n  ".join(self.problems))
+        return self
+
+    def table(self) -> Table:
+        """The report as a table; `str(report)` is its plain text."""
+        rows = [_layer_row(layer) for layer in self.layers]
+        model = ("(the model)", "", "", "", *_cells(self.outputs), *_cells(self.gradients))
+        return Table(
+            f"verification ({self.dtype}) {'ok' if self.ok else 'FAILED'}",
+            ("layer", "class", "forward", "backward", *_ERROR_COLUMNS),
+            [*rows, model],
+            (*(f"PROBLEM {each}" for each in self.problems), *self._timing_lines(), *self.notes),
+        )
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def as_dict(self) -> dict:
+        """The report as plain lists, dicts and texts."""
+        return {"schema": SCHEMA, "ok": self.ok, **asdict(self)}
+
+    def to_json(self) -> str:
+        return as_json(self.as_dict())
+
+    def _timing_lines(self) -> list[str]:
+        return [
+            f"{name}: {milliseconds(each.stock)} -> {milliseconds(each.swapped)}, {times(each.speedup)}"
+            for name, each in self.timing.items()
+        ]
+
+
+_ERROR_COLUMNS = (
+    ">output error",
+    ">torch's own",
+    ">of allowed",
+    ">gradient error",
+    ">torch's own",
+    ">of allowed",
+)
+
+
+def worst_of(comparisons: Iterable[Comparison]) -> Comparison | None:
+    """The comparison with the largest share of its tolerance."""
+    return max(comparisons, key=lambda each: each.ratio, default=None)
+
+
+def _layer_row(layer: LayerResult) -> tuple[str, ...]:
+    named = layer.name or "(the model)", layer.kind, layer.forward, layer.backward
+    return (*named, *_cells(layer.outputs), *_cells(layer.gradients))
+
+
+def _cells(comparisons: tuple[Comparison, ...]) -> tuple[str, str, str]:
+    worst = worst_of(comparisons)
+    if worst is None:
+        return "-", "-", "-"
+    return f"{worst.error:.1e}", f"{worst.stock_error:.1e}", f"{worst.ratio:.2f}"

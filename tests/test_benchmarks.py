@@ -1,0 +1,360 @@
+"""The benchmark harness: cases, statistics, environments, and tiny runs from end to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyarch
+from benchmarks import conv, results, run, table
+from benchmarks.__main__ import main
+from benchmarks.conv_cases import (
+    CPU_TABLE,
+    CUDA_TABLE,
+    OVERHEAD_CASE,
+    PASSES,
+    SWEEP_AXES,
+    SWEEP_COUNT,
+    ConvCase,
+    sweep_cases,
+)
+from benchmarks.cuda import fastest_stock
+from benchmarks.environment import (
+    ALLOCATORS,
+    INSTRUCTION_SETS,
+    ROOT,
+    device_slug,
+    process_environment,
+)
+from benchmarks.measure import Pairs, median_interval, paired_times, quantile, spread, summary
+from benchmarks.plan import Settings, selected_cases
+
+ALL_CASES = [*CPU_TABLE, *CUDA_TABLE, OVERHEAD_CASE, *sweep_cases()]
+
+
+# ---------------------------------------------------------------------------------------------------- cases
+
+
+def test_cases_have_names_of_their_own():
+    for cases in (CPU_TABLE, CUDA_TABLE, list(sweep_cases())):
+        assert len({case.name for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("case", [*CPU_TABLE, OVERHEAD_CASE], ids=lambda case: case.name)
+def test_case_output_size_is_torchs(case):
+    module = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[len(case.spatial)](
+        1, 1, case.kernel, stride=case.stride, padding=case.padding, dilation=case.dilation, device="meta"
+    )
+    output = module(torch.empty(1, 1, *case.spatial, device="meta"))
+    assert tuple(output.shape[2:]) == case.output_spatial
+
+
+def test_every_table_case_has_goals_for_known_passes():
+    for case in (*CPU_TABLE, *CUDA_TABLE[:10]):
+        assert case.goals and set(case.goals) <= set(PASSES)
+    assert all(set(case.goals) == {"fwd", "fwd+bwd"} for case in CPU_TABLE)
+
+
+def test_minimum_bytes_counts_each_tensor_once():
+    case = ConvCase(2, 3, (10,), 3, dtype="bf16")
+    source, parameters, output = 2 * 3 * 10, 3 * 3 + 3, 2 * 3 * 8
+    forward = source + parameters + output
+    assert case.minimum_bytes("fwd") == 2 * forward
+    assert case.minimum_bytes("bwd") == 2 * (2 * source + 2 * parameters + output)
+    assert case.minimum_bytes("fwd+bwd") == case.minimum_bytes("fwd") + case.minimum_bytes("bwd")
+
+
+def test_sweep_reaches_every_value_of_every_axis_and_repeats_itself():
+    cases = list(sweep_cases())
+    assert cases == list(sweep_cases())
+    assert len(cases) == SWEEP_COUNT
+    for axis in ("channels", "kernel", "stride", "dilation", "batch", "dtype"):
+        assert {getattr(case, axis) for case in cases} == set(SWEEP_AXES[axis])
+    planes = [case for case in cases if len(case.spatial) == 2]
+    assert {case.spatial[0] for case in planes} == set(SWEEP_AXES["size"])
+    assert {case.layout for case in planes} == set(SWEEP_AXES["format"])
+    assert {len(case.spatial) for case in cases} == {1, 2, 3}
+
+
+def test_selection_by_text_dtype_and_device():
+    chosen = selected_cases(Settings(filter="dil2", dtype="fp32"))
+    assert [case.dilation for case in chosen] == [2, 2]
+    assert selected_cases(Settings(device="cuda"))[0] == CUDA_TABLE[0]
+    assert selected_cases(Settings(filter="no such case")) == []
+
+
+def test_settings_survive_their_json():
+    settings = Settings(extent="quick", passes=("fwd",), budget_seconds=0.5)
+    assert Settings.from_json(settings.to_json()) == settings
+
+
+# ----------------------------------------------------------------------------------------------- statistics
+
+
+def test_quantile_interpolates_between_order_statistics():
+    values = [4.0, 1.0, 3.0, 2.0]
+    assert quantile(values, 0.0) == 1.0
+    assert quantile(values, 1.0) == 4.0
+    assert quantile(values, 0.5) == 2.5
+    assert quantile(values, 0.2) == pytest.approx(1.6)
+    assert quantile([7.0], 0.8) == 7.0
+
+
+def test_median_interval_of_a_hundred_values():
+    low, high = median_interval([float(value) for value in range(100)])
+    assert (low, high) == (40.0, 60.0)
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+def test_speedup_is_the_median_of_paired_ratios_not_the_ratio_of_medians():
+    pairs = Pairs(stock=[2.0, 8.0, 30.0], ours=[1.0, 2.0, 10.0], stock_faults=0, ours_faults=0)
+    assert pairs.ratios == [2.0, 4.0, 3.0]
+    assert spread(pairs.ratios) == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert pairs.added_us == [-1e6, -6e6, -20e6]
+    assert summary(pairs.stock)["median_ms"] == 8000.0
+
+
+def test_paired_times_alternates_the_order_and_leaves_the_warm_up_out():
+    calls = []
+    seconds = {"stock": 3e-3, "ours": 1e-3}
+
+    def timer(function, count):
+        name = function()
+        calls.append((name, count))
+        return seconds[name]
+
+    pairs = paired_times(lambda: "stock", lambda: "ours", 0.0, timer, sample_seconds=4e-3)
+    assert pairs.stock == [3e-3] * 5
+    assert pairs.ours == [1e-3] * 5
+    warm, timed = calls[:-10], calls[-10:]
+    assert len(warm) >= 6 and {count for _, count in warm} == {1}
+    assert timed[:4] == [("stock", 2), ("ours", 4), ("ours", 4), ("stock", 2)]
+
+
+def test_stock_on_a_gpu_is_the_fastest_kernel_torch_lets_one_choose():
+    seconds = {"auto": 3.0, "native": 1.0}
+
+    def kernel_in_force():
+        kernel = getattr(torch.backends.cudnn, "depthwise_kernel", "auto")
+        if kernel not in seconds:
+            raise RuntimeError("cuDNN refuses")
+        return kernel
+
+    fastest, name = fastest_stock(kernel_in_force, lambda function, calls: seconds[function()])
+    assert name == fastest() == ("native" if hasattr(torch.backends.cudnn, "depthwise_kernel") else "auto")
+    assert kernel_in_force() == "auto"
+
+
+# --------------------------------------------------------------------------------------------------- one case
+
+
+def small_pair() -> conv.Pair:
+    return conv.build(ConvCase(2, 3, (9,), 3, padding=1), "cpu")
+
+
+def test_errors_name_every_result_and_the_backends():
+    with pyarch.backend("reference"):
+        errors, backends = conv.errors_and_backends(small_pair())
+    assert tuple(errors) == conv.COMPARED
+    assert all(0 <= each["ours"] < 1e-5 and 0 <= each["stock"] < 1e-5 for each in errors.values())
+    assert backends == {"forward": "reference", "backward": "reference"}
+
+
+def test_wrong_results_of_ours_are_refused_not_timed():
+    pair = small_pair()
+    with torch.no_grad():
+        pair.ours.weight += 0.01
+    with pytest.raises(conv.WrongResult, match="output: error"):
+        conv.errors_and_backends(pair)
+
+
+def test_wrong_results_of_stock_do_not_excuse_ours(monkeypatch):
+    pair = small_pair()
+    honest = conv.outputs_and_gradients
+
+    def stock_gives_nan(module, source, cotangent):
+        found = honest(module, source, cotangent)
+        return tuple(each * float("nan") for each in found) if module is pair.stock else found
+
+    monkeypatch.setattr(conv, "outputs_and_gradients", stock_gives_nan)
+    errors, _ = conv.errors_and_backends(pair)
+    assert [each["stock"] for each in errors.values()] == [None] * 4
+    assert table.error_cell(errors).endswith("/ wrong")
+    with torch.no_grad():
+        pair.ours.weight += 0.01
+    with pytest.raises(conv.WrongResult, match="output: error"):
+        conv.errors_and_backends(pair)
+
+
+# --------------------------------------------------------------------------------------------- environments
+
+
+def test_process_environment_holds_exactly_the_asked_switches(monkeypatch):
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    plain = process_environment("default", "native", None)
+    switches = {name for state in (*ALLOCATORS.values(), *INSTRUCTION_SETS.values()) for name in state}
+    assert not switches & set(plain)
+    chosen = process_environment("steady", "avx2", 3)
+    assert chosen["MALLOC_TOP_PAD_"] == ALLOCATORS["steady"]["MALLOC_TOP_PAD_"]
+    assert chosen["ATEN_CPU_CAPABILITY"] == chosen["PYARCH_CPU_ISA"] == "avx2"
+    assert chosen["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "model", "family", "number", "expected"),
+    [
+        ("AuthenticAMD", "AMD EPYC", 26, 2, "cpu-amd-epyc-zen5-2c"),
+        ("AuthenticAMD", "AMD EPYC 9R14 96-Core Processor", 25, 0x11, "cpu-amd-epyc-9r14-96-core-zen4-2c"),
+        (
+            "GenuineIntel",
+            "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz",
+            6,
+            143,
+            "cpu-intel-xeon-platinum-8481c-2-70ghz-2c",
+        ),
+    ],
+)
+def test_device_slug_names_the_cpu(vendor, model, family, number, expected):
+    cpu = {"vendor": vendor, "model": model, "family": family, "model_number": number, "cores": 2}
+    assert device_slug("cpu", cpu) == expected
+
+
+# ----------------------------------------------------------------------------------------------- end to end
+
+
+def scripted_processes(monkeypatch, *outcomes):
+    """Let benchmarks.run meet processes that end as told; return the list of cases they are started from."""
+    starts = []
+    script = iter(outcomes)
+
+    def measuring_process(settings, variant, first, environment):
+        starts.append(first)
+        return next(script)
+
+    monkeypatch.setattr(run, "measuring_process", measuring_process)
+    return starts
+
+
+def part_of_run(following: int, *cases: str) -> dict:
+    environment = dict.fromkeys(run.VARIANT_FACTS, "known")
+    return {"environment": environment, "next": following, "rows": [{"case": case} for case in cases]}
+
+
+VARIANT = {"allocator": "steady", "isa": "native"}
+
+
+def test_a_process_that_dies_becomes_a_row_and_the_next_case_runs(monkeypatch):
+    starts = scripted_processes(monkeypatch, (-11, part_of_run(1, "a")), (0, part_of_run(3, "c")))
+    document = {"environment": {}, "rows": []}
+    assert run.measure_variant(Settings(), VARIANT, ["a", "b", "c"], document, {}) is False
+    assert starts == [0, 2]
+    assert [row["case"] for row in document["rows"]] == ["a", "b", "c"]
+    assert document["rows"][1]["failure"] == "the measuring process ended with status -11"
+    assert len(document["environment"]["variants"]) == 1
+
+
+def test_a_process_that_cannot_start_is_one_row(monkeypatch):
+    starts = scripted_processes(monkeypatch, (1, {"environment": {}, "rows": []}))
+    document = {"environment": {}, "rows": []}
+    assert run.measure_variant(Settings(), VARIANT, ["a", "b"], document, {}) is False
+    assert starts == [0]
+    assert [(row["case"], row["isa"]) for row in document["rows"]] == [("start", "native")]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks", "conv", *arguments]
+
+
+@pytest.mark.slow
+def test_a_tiny_run_writes_a_whole_results_file(tmp_path):
+    path = tmp_path / "run.json"
+    arguments = [
+        "--filter",
+        "16^3",
+        "--budget",
+        "0.01",
+        "--allocator",
+        "both",
+        "--commit",
+        "abc",
+        "--json",
+        str(path),
+    ]
+    done = subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    document = results.load(path)
+    assert document["environment"]["commit"] == "abc"
+    assert [each["allocator"] for each in document["environment"]["variants"]] == ["steady", "default"]
+    assert [(row["pass"], row["allocator"]) for row in document["rows"]] == [
+        ("fwd", "steady"),
+        ("fwd+bwd", "steady"),
+        ("fwd", "default"),
+        ("fwd+bwd", "default"),
+    ]
+    for row in document["rows"]:
+        assert (
+            row["pairs"] >= 5
+            and row["stock"]["p20_ms"] <= row["stock"]["median_ms"] <= row["stock"]["p80_ms"]
+        )
+        assert row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"]
+    assert [row["goal"] is not None for row in document["rows"]] == [True, True, False, False]
+    assert set(document["rows"][1]["error"]) == {"output", "grad_input", "grad_weight", "grad_bias"}
+    assert set(document["rows"][1]["backend"]) == {"forward", "backward"}
+    assert "3-D k3 2x64x16^3" in done.stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.slow
+def test_a_refused_backend_becomes_rows_with_the_refusal(tmp_path):
+    path = tmp_path / "run.json"
+    arguments = ["--filter", "16^3", "--budget", "0.01", "--backend", "cuda", "--json", str(path)]
+    done = subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (row,) = results.load(path)["rows"]
+    assert row["failure"].startswith("NotImplementedError") and "refuses this call" in row["failure"]
+    assert "FAILED 3-D" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_keeps_the_finished_rows(tmp_path, ending):
+    path = tmp_path / "run.json"
+    arguments = ["--filter", "56^2 fp32", "--budget", "0.01", "--pass", "fwd", "--json", str(path)]
+    process = subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    finished = next(line for line in process.stderr if line.startswith("[1/"))
+    process.send_signal(ending)
+    process.communicate(timeout=120)
+    assert "fwd" in finished
+    assert process.returncode == 130
+    rows = results.load(path)["rows"]
+    assert 1 <= len(rows) < len(selected_cases(Settings(filter="56^2 fp32")))
+
+
+def test_no_selected_case_is_said(capsys):
+    assert main(["conv", "--filter", "no such case"]) == 2
+    assert "no case agrees with filter='no such case'" in capsys.readouterr().err

@@ -1,0 +1,207 @@
+"""Results files, the terminal table, and the README generator that reads them."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import readme, results, support, table
+from benchmarks.__main__ import main
+
+# -------------------------------------------------------------------------------------------- results files
+
+
+def made_up_row(case="2-D k3", pass_name="fwd", allocator="steady", stock=4.0, ours=2.0, **fields):
+    row = {
+        "case": case,
+        "pass": pass_name,
+        "allocator": allocator,
+        "isa": "native",
+        "stock": {"median_ms": stock, "p20_ms": stock, "p80_ms": stock},
+        "ours": {"median_ms": ours, "p20_ms": ours, "p80_ms": ours},
+        "speedup": {"median": stock / ours, "low": stock / ours, "high": stock / ours},
+        "goal": {"metric": "speedup", "value": 1.5},
+        "met": stock / ours >= 1.5,
+        "gb_per_s": 10.0,
+        "copy_share": 0.5,
+        "error": {"output": {"ours": 1e-7, "stock": 2e-7}},
+        "backend": {"forward": "cpu"},
+    }
+    return row | fields
+
+
+def made_up_results(*rows, device="cpu-test-2c", date="2026-01-02T03:04:05+00:00", gpu=None):
+    environment = {
+        "device": device,
+        "date": date,
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "cpu": {"model": "Test CPU", "cores": 2},
+        "load_average": [0.1, 0.1, 0.1],
+        "gpu": gpu,
+        "threads": 2,
+        "torch": "2.13.0",
+        "copy_gb_per_s": 20.0,
+        "pyarch": "clone",
+        "variants": [],
+    }
+    return {"schema": 1, "suite": "conv", "environment": environment, "rows": list(rows)}
+
+
+def test_results_come_back_as_written(tmp_path):
+    path = tmp_path / "cpu-test-2c" / "run.json"
+    document = made_up_results(made_up_row())
+    results.write(path, document)
+    assert results.load(path) == document
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
+
+
+def test_a_failed_write_leaves_the_old_file_whole_and_no_part_behind(tmp_path):
+    path = tmp_path / "run.json"
+    document = made_up_results(made_up_row())
+    results.write(path, document)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        results.write(path, document | {"rows": [float("nan")]})
+    assert results.load(path) == document
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"schema": 1, "suite"', "not readable as JSON"),
+        ("[]", "holds a list, needs an object"),
+        ('{"schema": 2, "suite": "conv", "environment": {}, "rows": []}', "schema=2, needs 1"),
+        ('{"schema": 1, "suite": "conv", "rows": []}', "'environment' of the file is missing"),
+        (
+            '{"schema": 1, "suite": "conv", "environment": {}, "rows": [{"case": "x"}]}',
+            "'pass' of row 0 is missing",
+        ),
+        ('{"schema": 1, "suite": "conv", "environment": {}, "rows": [3]}', "row 0 is a int"),
+    ],
+)
+def test_a_corrupt_results_file_gives_one_clear_error(tmp_path, text, reason):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(results.ResultsError) as caught:
+        results.load(path)
+    assert reason in str(caught.value) and str(path) in str(caught.value)
+    assert "delete it" in str(caught.value)
+
+
+def test_the_newest_results_of_each_device_are_taken(tmp_path):
+    for number, (device, year) in enumerate([("cpu-a", 2025), ("cpu-b", 2024), ("cpu-a", 2026)]):
+        document = made_up_results(made_up_row(), device=device, date=f"{year}-01-01T00:00:00+00:00")
+        results.write(tmp_path / device / f"{number}.json", document)
+    newest = results.newest_per_device("conv", tmp_path)
+    assert [each["environment"]["date"][:4] for each in newest] == ["2026", "2024"]
+    assert results.newest_per_device("attention", tmp_path) == []
+
+
+def test_a_loss_needs_both_a_bad_ratio_and_lost_time():
+    assert table.is_loss(made_up_row(stock=1.0, ours=1.1))
+    assert not table.is_loss(made_up_row(stock=1.0, ours=1.04))
+    assert not table.is_loss(made_up_row(stock=0.010, ours=0.020))
+
+
+def test_a_busy_machine_is_warned_of():
+    environment = made_up_results()["environment"]
+    assert table.variant_lines(environment) == []
+    (line,) = table.variant_lines(environment | {"load_average": [1.5, 0.1, 0.1]})
+    assert line.startswith("WARNING: load 1.5 on 2 cores")
+
+
+def test_the_table_of_a_run_says_met_missed_and_failed(capsys):
+    failure = {
+        "case": "bad",
+        "pass": "all",
+        "allocator": "steady",
+        "isa": "native",
+        "failure": "ValueError: no",
+    }
+    rows = [made_up_row(), made_up_row(case="slow", ours=8.0), failure]
+    table.print_results(made_up_results(*rows))
+    text = capsys.readouterr().out
+    assert "2.00 [2.00-2.00]" in text and "LOSS" in text and ">= 1.5x" in text
+    assert "FAILED bad [steady, native]: ValueError: no" in text
+    assert "2 rows, 1 losses" in text and "goals met 1 of 2; 1 failed" in text
+
+
+# --------------------------------------------------------------------------------------------------- README
+
+
+SMALL_README = (
+    "# Title\n<!-- generated:one -->\nold\n<!-- end:one -->\ntext\n<!-- generated:two -->\n<!-- end:two -->\n"
+)
+
+
+def test_readme_sections_are_replaced_and_the_rest_is_kept():
+    text = readme.with_sections(SMALL_README, {"one": lambda: "first\n", "two": lambda: "second"})
+    assert text == (
+        "# Title\n<!-- generated:one -->\nfirst\n<!-- end:one -->\ntext\n"
+        "<!-- generated:two -->\nsecond\n<!-- end:two -->\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (SMALL_README.replace("two", "other"), r"unknown sections \['other'\], there are one, two"),
+        (SMALL_README.replace("<!-- end:one -->", ""), "a marker has no partner"),
+    ],
+)
+def test_readme_with_broken_markers_is_refused(text, reason):
+    with pytest.raises(readme.ReadmeError, match=reason):
+        readme.with_sections(text, {"one": str, "two": str})
+
+
+def test_readme_check_tells_stale_from_fresh(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "README.md"
+    path.write_text(SMALL_README)
+    monkeypatch.setattr(readme, "SECTIONS", {"one": lambda: "first", "two": lambda: "second"})
+    assert readme.regenerate(check=True, readme=path) == 1
+    assert "+first" in capsys.readouterr().out
+    assert path.read_text() == SMALL_README
+    assert readme.regenerate(readme=path) == 0
+    assert readme.regenerate(check=True, readme=path) == 0
+
+
+def test_readme_speed_tables_put_allocators_beside_each_other(tmp_path):
+    rows = [
+        made_up_row(),
+        made_up_row(allocator="default", stock=9.0, ours=3.0),
+        made_up_row(pass_name="fwd+bwd", stock=50.0, ours=5.0),
+        {"case": "bad", "pass": "all", "allocator": "steady", "isa": "native", "failure": "ValueError: no"},
+    ]
+    results.write(tmp_path / "cpu-test-2c" / "run.json", made_up_results(*rows))
+    text = readme.speed_section(on_gpu=False, folder=tmp_path)
+    assert "Test CPU (`cpu-test-2c`), 2 threads, torch 2.13.0, 2026-01-02, commit 0123456789ab." in text
+    assert "| case | forward, steady allocator | forward, default allocator | forward + backward," in text
+    assert "| 2-D k3 | 4 -> 2, **2.00x** | 9 -> 3, **3.00x** | 50 -> 5, **10.00x** |" in text
+    assert "| bad | failed | failed | failed |" in text
+    assert readme.speed_section(on_gpu=True, folder=tmp_path) == readme.NOT_MEASURED
+
+
+def test_readme_over_a_corrupt_results_file_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "README.md").write_text("<!-- generated:speed-cpu -->\n<!-- end:speed-cpu -->\n")
+    (tmp_path / "cpu-test").mkdir()
+    (tmp_path / "cpu-test" / "run.json").write_text("{")
+    sections = {"speed-cpu": lambda: readme.speed_section(on_gpu=False, folder=tmp_path)}
+    monkeypatch.setattr(readme, "SECTIONS", sections)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    assert main(["readme"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run.json: not readable as JSON" in line
+
+
+def test_support_matrix_quotes_the_dispatchers_refusals(monkeypatch):
+    monkeypatch.setattr(support, "missing_backends", lambda: iter(()))
+    text = support.support_matrix()
+    assert "| operator | feature | triton | cuda | cpu | torch | reference |" in text
+    assert "| depthwise_conv | float32 | yes |" in text
+    assert "dtype torch.float64, needs float32, bfloat16 or float16" in text
+
+
+def test_support_matrix_is_refused_where_a_backend_is_missing(monkeypatch):
+    monkeypatch.setattr(support, "missing_backends", lambda: iter(["Triton is not installed"]))
+    with pytest.raises(readme.ReadmeError, match="needs every backend: Triton is not installed"):
+        support.support_matrix()
