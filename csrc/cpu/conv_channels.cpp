@@ -82,19 +82,15 @@ int64_t source_offset(const Axis (&axes)[3], const Layout& layout, const TilePla
 }
 
 // Runs one tile into places of an image, `out_step` elements apart, fetching the memory that the same tile of the next
-// row, `next_row` elements on, will write.
+// row, `next_row` elements on, will write. Lanes that lie apart in memory pass through a block of floats.
 template <class T>
-void correlate_into(const TapTables& tables, const TilePlace& place, CorrelateTile<> tile, const Lanes& lanes, T* out,
-                    int64_t out_step, int64_t next_row) {
-  for (int r = 0; r < place.band; ++r) __builtin_prefetch(out + r * out_step + next_row, 1);
-  if constexpr (std::is_same_v<T, float>) {
-    if (lanes.step == 1) {
-      tile.out = out, tile.out_step = out_step, tile.lanes = lanes.mask(), tile.all_lanes = lanes.count == LANES;
-      return correlate_vector_weights(place.band, tables, place.range, tile);
-    }
-  }
+void correlate_into(const TapTables& tables, const TilePlace& place, const float* source, const float* weights,
+                    const float* bias, const Lanes& lanes, T* out, int64_t out_step, int64_t next_row) {
+  CorrelateTile<> tile{source,   weights,      bias, out, ELEMENT<T>, out_step, 0, next_row, lanes.mask(),
+                       lanes.count == LANES, {}};
+  if (lanes.step == 1) return correlate_vector_weights(place.band, tables, place.range, tile);
   alignas(64) float block[BAND * LANES];
-  tile.out = block, tile.out_step = LANES, tile.all_lanes = true;
+  tile.out = block, tile.element = Element::float32, tile.out_step = LANES, tile.all_lanes = true, tile.fetch_out = 0;
   correlate_vector_weights(place.band, tables, place.range, tile);
   for (int r = 0; r < place.band; ++r) store_place(out + r * out_step, load(block + r * LANES), lanes);
 }
@@ -184,7 +180,7 @@ void input_gradient(const ConvShape& shape, const InputPart& part, int64_t group
       const int64_t w = gradient_place(shape, 2, phase.of[2], tile.width) - image[2].begin;
       const float* const source = grad + group * grad_step + source_offset(phase.axes, part.grads, tile);
       const float* const packed = weights + group * weights_step + phase.first_weight * LANES;
-      correlate_into(phase.tables, tile, {source, packed, nullptr, nullptr, 0, tile.lanes, true}, lanes,
+      correlate_into(phase.tables, tile, source, packed, nullptr, lanes,
                      to + d * plane + h * row + w * place + lanes.first,
                      phase.axes[2].period * shape.stride[2] * place, shape.stride[1] * row);
     });
@@ -250,7 +246,7 @@ void conv_forward_channels(const ConvShape& shape, const ForwardArgs<T>& args, c
           const float* const packed = weights + ((first_group + g) * multiplier + j) * kernel_step;
           const float* const first = source + g * part.sources.floats + source_offset(plan.axes, part.sources, tile);
           const int64_t place = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
-          correlate_into(part.tables, tile, {first, packed, packed + kernel, nullptr, 0, tile.lanes, true}, lanes,
+          correlate_into(part.tables, tile, first, packed, packed + kernel, lanes,
                          output + place * lanes.channels + lanes.first, plan.axes[2].period * lanes.channels,
                          shape.out[2] * lanes.channels);
         });
@@ -333,7 +329,7 @@ void conv_backward_channels(const ConvShape& shape, const BackwardArgs<T>& args,
             float* const to = block_sums + (g * multiplier + j) * kernel_sums;
             reduce<float>(tile.band, part.tables, tile.range,
                    {from, first, plan.axes[2].period * LANES, source ? to : nullptr, to + packed * LANES, tile.lanes,
-                    true});
+                    true, {}});
           });
       }
     }

@@ -75,7 +75,7 @@ struct Plan {
       while (first < last && chunk.at + (last - 1) * tables.spacing >= real.end) --last;
       if (first < last)
         trimmed->chunks.push_back({last - first, chunk.source + first * tables.band_step, chunk.weight + first,
-                                   chunk.step, chunk.at + first * tables.spacing});
+                                   chunk.step, chunk.at + first * tables.spacing, chunk.lane});
     }
     std::stable_sort(trimmed->chunks.begin(), trimmed->chunks.end(),
                      [](const Chunk& a, const Chunk& b) { return a.taps < b.taps; });
@@ -84,9 +84,11 @@ struct Plan {
   }
 };
 
-// Calls visit(group, tile, tables) for all tiles of some bands.
+// Calls visit(first group, groups, tile, tables) for runs of groups at all places of some bands; the groups of a run lie
+// LANES channels apart.
 template <class Visit>
-void sweep_places(const Plan& plan, Span depths, const std::vector<Band>& bands, int64_t groups, Visit&& visit) {
+void sweep_places(const Plan& plan, Span depths, const std::vector<Band>& bands, Visit&& visit) {
+  const int64_t groups = ceil_div(plan.channels, LANES), whole = plan.channels / LANES;
   TilePlace tile;
   tile.lanes = first_lanes(LANES), tile.all_lanes = true;
   tile.range.height = {0, 1}, tile.range.places = EVERYWHERE;
@@ -96,7 +98,8 @@ void sweep_places(const Plan& plan, Span depths, const std::vector<Band>& bands,
       tile.height = band.height, tile.band = band.rows;
       for (size_t i = 0; i < plan.width_taps.size(); ++i) {
         tile.width = plan.first_width + int64_t(i), tile.range.lane = plan.width_taps[i];
-        for (int64_t group = 0; group < groups; ++group) visit(group, tile, *band.tables);
+        visit(0, whole, tile, *band.tables);
+        if (groups > whole) visit(whole, 1, tile, *band.tables);
       }
     }
   }
@@ -106,20 +109,14 @@ int64_t first_channel(const ConvShape& shape, int64_t group) {
   return std::min(group * LANES, shape.channels - LANES);
 }
 
-// Runs one tile into an image, `out_step` elements between rows, and fetches what later tiles will read and write.
+// Runs the tiles of some groups into an image, `out_step` elements between rows, and fetches what later ones will read
+// and write.
 template <class T>
-void correlate_places(const TapTables& tables, const TilePlace& place, const T* source, const float* weights,
-                      const float* bias, T* out, int64_t out_step) {
-  for (int r = 0; r < place.band; ++r) {
-    __builtin_prefetch(source + r * tables.band_step + PREFETCH_AHEAD);
-    __builtin_prefetch(out + r * out_step + PREFETCH_AHEAD, 1);
-  }
-  alignas(64) float block[BAND * LANES];
-  CorrelateTile<T> tile{source, weights, bias, block, LANES, place.lanes, true};
-  if constexpr (std::is_same_v<T, float>) tile.out = out, tile.out_step = out_step;
-  correlate_vector_weights(place.band, tables, place.range, tile);
-  if constexpr (!std::is_same_v<T, float>)
-    for (int r = 0; r < place.band; ++r) store(out + r * out_step, load(block + r * LANES));
+void correlate_places(const TapTables& tables, const TilePlace& place, int64_t groups, const T* source,
+                      const float* weights, int64_t weights_step, const float* bias, T* out, int64_t out_step) {
+  correlate_vector_weights<T>(place.band, tables, place.range,
+                              {source, weights, bias, out, ELEMENT<T>, out_step, PREFETCH_AHEAD, PREFETCH_AHEAD,
+                               place.lanes, true, {groups, LANES, weights_step, weights_step, LANES}});
 }
 
 template <class T>
@@ -166,13 +163,13 @@ void forward_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const 
       const T* const input = args.input + image * shape.in_size() * channels;
       T* const output = args.output + image * shape.out_size() * channels;
       const int64_t row = shape.out[2] * channels, band_step = plan.axes[1].period * row;
-      sweep_places(plan, {depth, depth + 1}, bands[task % parts], groups,
-                   [&](int64_t group, const TilePlace& tile, const TapTables& tables) {
+      sweep_places(plan, {depth, depth + 1}, bands[task % parts],
+                   [&](int64_t group, int64_t count, const TilePlace& tile, const TapTables& tables) {
                      const int64_t first = first_channel(shape, group);
                      const float* const packed = weights + group * (kernel + LANES);
                      T* const out = output + (tile.depth * shape.out[1] + tile.height) * row + tile.width * channels;
-                     correlate_places(tables, tile, input + plan.offset(tile) + first, packed, packed + kernel,
-                                      out + first, band_step);
+                     correlate_places(tables, tile, count, input + plan.offset(tile) + first, packed, kernel + LANES,
+                                      packed + kernel, out + first, band_step);
                    });
     }
   });
@@ -235,29 +232,30 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
         for (const Phase& phase : phases) {
           const Span places = gradient_targets(shape, 0, phase.of[0], part(shape.in[0], depth, depths));
           const int64_t row = shape.in[2] * channels, band_step = phase.plan.axes[1].period * shape.stride[1] * row;
-          sweep_places(phase.plan, places, phase.bands[index], groups,
-                       [&](int64_t group, const TilePlace& tile, const TapTables& tables) {
+          sweep_places(phase.plan, places, phase.bands[index],
+                       [&](int64_t group, int64_t count, const TilePlace& tile, const TapTables& tables) {
                          const int64_t first = first_channel(shape, group);
                          const int64_t d = gradient_place(shape, 0, phase.of[0], tile.depth);
                          const int64_t h = gradient_place(shape, 1, phase.of[1], tile.height);
                          const int64_t w = gradient_place(shape, 2, phase.of[2], tile.width);
-                         correlate_places(tables, tile, grad_output + phase.plan.offset(tile) + first,
-                                          weights + group * kernel + phase.first_weight, nullptr,
+                         correlate_places(tables, tile, count, grad_output + phase.plan.offset(tile) + first,
+                                          weights + group * kernel + phase.first_weight, kernel, nullptr,
                                           to + (d * shape.in[1] + h) * row + w * channels + first, band_step);
                        });
         }
         if (!sums) continue;
         const T* const input = args.input + image * shape.in_size() * channels;
         const int64_t grad_step = outputs.axes[1].period * shape.out[2] * channels;
-        sweep_places(outputs, part(shape.out[0], depth, depths), output_bands[index], groups,
-                     [&](int64_t group, const TilePlace& tile, const TapTables& tables) {
+        sweep_places(outputs, part(shape.out[0], depth, depths), output_bands[index],
+                     [&](int64_t group, int64_t count, const TilePlace& tile, const TapTables& tables) {
                        const int64_t first = first_channel(shape, group);
                        const int64_t place = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
                        float* const group_sums = own_sums + group * sums_a_group;
                        reduce<T>(tile.band, tables, tile.range,
                                  {input + outputs.offset(tile) + first, grad_output + place * channels + first,
                                   grad_step, args.grad_weight ? group_sums : nullptr,
-                                  group_sums + packed * LANES, tile.lanes, true});
+                                  group_sums + packed * LANES, tile.lanes, true,
+                                  {count, LANES, sums_a_group, 0, LANES}});
                      });
       }
     }

@@ -37,6 +37,21 @@ std::vector<std::vector<size_t>> chunked_runs(const Taps& taps, int64_t spacing)
   return chunks;
 }
 
+// Chunks of one size that differ only in where they begin become one chunk with several lane taps: a tighter loop.
+void merge_chunks(TapTables& tables) {
+  std::vector<Chunk> merged;
+  tables.lane.clear();
+  for (const Chunk& chunk : tables.chunks) {
+    if (merged.empty() || merged.back().taps != chunk.taps) {
+      const int64_t lane = int64_t(tables.lane.size());
+      merged.push_back({chunk.taps, 0, chunk.weight, chunk.step, chunk.at, {lane, lane}});
+    }
+    tables.lane.push_back(chunk.source);
+    ++merged.back().lane.end;
+  }
+  tables.chunks = std::move(merged);
+}
+
 }  // namespace
 
 Span Axis::sources_of(Span targets) const {
@@ -91,7 +106,7 @@ Span gradient_sources(const ConvShape& shape, int dimension, Span inputs) {
 }
 
 TapTables tap_tables(std::vector<int64_t> group, const Taps& depth, const Taps& height, const Taps& band,
-                     const Taps& lane, int64_t spacing, int64_t band_unit, int64_t taps_a_group) {
+                     const Taps& lane, int64_t spacing, int64_t band_unit, int64_t taps_a_group, bool merges) {
   TapTables tables;
   tables.group = std::move(group);
   tables.spacing = spacing;
@@ -100,14 +115,16 @@ TapTables tap_tables(std::vector<int64_t> group, const Taps& depth, const Taps& 
   for (const Tap& tap : height) tables.height.push_back(tap.at);
   for (const Tap& tap : lane) tables.lane.push_back(tap.at);
 
+  const Span lanes{0, int64_t(lane.size())};
   std::vector<int64_t> inner;
   for (const auto& run : chunked_runs(band, spacing)) {
     const Tap& first = band[run.front()];
     const int64_t taps = int64_t(run.size());
-    tables.chunks.push_back({int(taps), first.at * band_unit, int64_t(inner.size()), taps, first.at});
+    tables.chunks.push_back({int(taps), first.at * band_unit, int64_t(inner.size()), taps, first.at, lanes});
     for (const Tap& side : lane)
       for (size_t k : run) inner.push_back(side.number + band[k].number);
   }
+  if (merges) merge_chunks(tables);
   tables.inner = int64_t(inner.size());
   for (size_t g = 0; g < tables.group.size(); ++g)
     for (const Tap& d : depth)

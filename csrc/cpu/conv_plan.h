@@ -73,9 +73,10 @@ inline Span padded_places(const ConvShape& shape, int dimension) {
   return forward_axis(shape, dimension).sources_of({0, shape.out[dimension]}).united({0, shape.in[dimension]});
 }
 
-// `depth`, `height` and `lane` hold offsets in floats, `band` places of `band_unit` floats each.
+// `depth`, `height` and `lane` hold offsets in elements, `band` places of `band_unit` elements each. `merges` makes chunks
+// that begin at different places into lane taps of one; then no chunk can be skipped.
 TapTables tap_tables(std::vector<int64_t> group, const Taps& depth, const Taps& height, const Taps& band,
-                     const Taps& lane, int64_t spacing, int64_t band_unit, int64_t taps_a_group);
+                     const Taps& lane, int64_t spacing, int64_t band_unit, int64_t taps_a_group, bool merges = false);
 
 inline const Taps NO_TAPS = {{0, 0}};
 Taps scaled(Taps taps, int64_t unit);

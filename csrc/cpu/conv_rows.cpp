@@ -20,7 +20,7 @@ struct Layout {
     phase = round_up(ceil_div(box[2].size(), phases), LANES) + (phases > 1 ? LANES : 0);
     row = phases * phase;
     plane = box[1].size() * row;
-    floats = round_up(box[0].size() * plane + LANES, LANES);
+    floats = round_up(box[0].size() * plane + 2 * LANES, LANES);
   }
 
   int64_t at_row(int64_t depth, int64_t height) const {
@@ -67,16 +67,25 @@ void join_phases(const float* from, float* line, int64_t count, const Layout& la
   for (int64_t i = 0; i < count; ++i) line[i] = from[i % layout.phases * layout.phase + i / layout.phases];
 }
 
-// One row of places, zeros or other padding included.
+void zero_fill(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) store(to + i, zero());
+}
+
+// One row of places, zeros or other padding included. Writes up to LANES floats beyond the row: rows are loaded in
+// ascending order, so the next one covers them.
 template <class T>
 void load_line(const T* row, int64_t size, Span places, PaddingMode mode, int64_t ahead, float* line) {
   const int64_t begin = std::clamp<int64_t>(0, places.begin, places.end);
   const int64_t end = std::clamp<int64_t>(size, begin, places.end);
+  if (mode == PaddingMode::zeros) {
+    zero_fill(line, begin - places.begin);
+    widen(row + begin, line + (begin - places.begin), end - begin, ahead);
+    zero_fill(line + (end - places.begin), places.end - end);
+    return;
+  }
   const auto pad = [&](int64_t from, int64_t to) {
-    for (int64_t place = from; place < to; ++place) {
-      const int64_t source = source_place(place, size, mode);
-      line[place - places.begin] = source < 0 ? 0.0f : to_float(row[source]);
-    }
+    for (int64_t place = from; place < to; ++place)
+      line[place - places.begin] = to_float(row[source_place(place, size, mode)]);
   };
   pad(places.begin, begin);
   widen(row + begin, line + (begin - places.begin), end - begin, ahead);
@@ -92,7 +101,7 @@ void load_plane(const T* plane, const int64_t (&size)[3], PaddingMode mode, cons
     for (int64_t height = layout.box[1].begin; height < layout.box[1].end; ++height, to += layout.row) {
       const int64_t h = source_place(height, size[1], mode);
       if (d < 0 || h < 0) {
-        std::memset(to, 0, layout.row * sizeof(float));
+        zero_fill(to, layout.row);
         continue;
       }
       load_line(plane + (d * size[1] + h) * size[2], size[2], layout.box[2], mode, ahead, line ? line : to);
@@ -116,7 +125,8 @@ TapTables rows_tables(const ConvShape& shape, const Axis (&axes)[3], const Layou
   for (int64_t g = 0; g < groups; ++g) group.push_back(g * layout.floats);
   const Taps depth = scaled(axes[0].taps, layout.plane), width = lane_taps(axes[2], layout);
   if (line)
-    return tap_tables(group, depth, scaled(axes[1].taps, layout.row), width, NO_TAPS, LANES, 1, shape.taps());
+    return tap_tables(group, depth, scaled(axes[1].taps, layout.row), width, NO_TAPS, LANES, 1, shape.taps(),
+                      true);
   return tap_tables(group, depth, NO_TAPS, axes[1].taps, width, axes[1].spacing, layout.row, shape.taps());
 }
 
@@ -130,27 +140,14 @@ void pack_weights(const TapTables& tables, const T* weight, float* packed) {
   for (int64_t i = 0; i < tables.packed(); ++i) packed[i] = to_float(weight[tables.order[i]]);
 }
 
-// Runs one tile into rows of T, `out_step` elements apart; 16-bit results pass through a block of floats. Fetches the
-// memory that the same tile of the next plane, `ahead` elements on, will write.
+// Runs tiles into rows of T, `out_step` elements apart, and fetches the memory that the same tiles of the next plane,
+// `ahead` elements on, will write.
 template <class T>
-void correlate_into(const TapTables& tables, const TilePlace& place, CorrelateTile<> tile, T* out, int64_t out_step,
-                    int64_t ahead) {
-  tile.lanes = place.lanes, tile.all_lanes = place.all_lanes;
-  for (int r = 0; r < place.band; ++r) __builtin_prefetch(out + r * out_step + ahead, 1);
-  if constexpr (std::is_same_v<T, float>) {
-    tile.out = out, tile.out_step = out_step;
-    correlate_scalar_weights(place.band, tables, place.range, tile);
-  } else {
-    alignas(64) float block[BAND * LANES];
-    tile.out = block, tile.out_step = LANES;
-    correlate_scalar_weights(place.band, tables, place.range, tile);
-    for (int r = 0; r < place.band; ++r) {
-      if (place.all_lanes)
-        store(out + r * out_step, load(block + r * LANES));
-      else
-        store(out + r * out_step, load(block + r * LANES), place.lanes);
-    }
-  }
+void correlate_into(const TapTables& tables, const TilePlace& place, const float* source, const float* weights,
+                    const float* bias, T* out, int64_t out_step, int64_t ahead) {
+  correlate_scalar_weights(place.band, tables, place.range,
+                           {source, weights, bias, out, ELEMENT<T>, out_step, 0, ahead, place.lanes, place.all_lanes,
+                            {place.run, LANES, 0, 0, LANES}});
 }
 
 // What forward and the weight gradient need to know of one box of outputs.
@@ -233,7 +230,7 @@ void gradient_phase(const ConvShape& shape, const InputPart& part, const Gradien
     const int64_t w = gradient_place(shape, 2, phase.of[2], tile.width) - layout.box[2].begin;
     To* const out = to + d * plane + h * row + w % layout.phases * layout.phase + w / layout.phases;
     const float* const source = grad + source_offset(phase.axes, part.grads, tile);
-    correlate_into(phase.tables, tile, {source, weights, nullptr, nullptr, 0, tile.lanes, false}, out, band_step,
+    correlate_into(phase.tables, tile, source, weights, nullptr, out, band_step,
                    std::is_same_v<To, float> && layout.phases > 1 ? 0 : shape.in_size());
   });
 }
@@ -313,8 +310,7 @@ void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const
         sweep_rows(plan.axes, part.outputs, plan.line, false, [&](const TilePlace& tile) {
           const int64_t at = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
           const float* const first = source + source_offset(plan.axes, part.sources, tile);
-          correlate_into(part.tables, tile, {first, weights, &bias, nullptr, 0, tile.lanes, false}, output + at,
-                         band_step, shape.out_size());
+          correlate_into(part.tables, tile, first, weights, &bias, output + at, band_step, shape.out_size());
         });
       }
     }
@@ -367,7 +363,7 @@ void conv_backward_rows(const ConvShape& shape, const BackwardArgs<T>& args, con
             const int64_t from = source ? source_offset(plan.axes, part.sources, tile) : 0;
             reduce<float>(tile.band, part.tables, tile.range,
                    {source + from, grad + j * grads.floats + at, grad_step, source ? kernel_sums : nullptr,
-                    kernel_sums + packed * LANES, tile.lanes, tile.all_lanes});
+                    kernel_sums + packed * LANES, tile.lanes, tile.all_lanes, {tile.run, LANES, 0, 0, LANES}});
           });
         }
       }

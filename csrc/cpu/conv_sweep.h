@@ -14,6 +14,7 @@ struct TilePlace {
   Mask lanes;
   bool all_lanes;
   TapRange range;
+  int64_t run;  // tiles of this kind, LANES targets (rows) or one group (channels) apart
 };
 
 // Splits `count` targets into as few bands as fit registers, as even as can be.
@@ -36,19 +37,17 @@ void sweep_bands(Span targets, int64_t period, Visit&& visit) {
   }
 }
 
-// Vectors along the width. `exact` visits every target once, masking the last lanes; otherwise the last vector is
-// moved back over targets already visited, which costs no mask.
+// Vectors along the width: a run of whole ones, then the rest. `exact` visits every target once, masking the last lanes;
+// otherwise the last vector is moved back over targets already visited, which costs no mask.
 template <class Visit>
 void sweep_lanes(Span targets, bool exact, Visit&& visit) {
-  for (int64_t first = targets.begin; first < targets.end; first += LANES) {
-    const int64_t left = targets.end - first;
-    if (left >= LANES)
-      visit(first, first_lanes(LANES), true);
-    else if (!exact && targets.size() >= LANES)
-      visit(targets.end - LANES, first_lanes(LANES), true);
-    else
-      visit(first, first_lanes(left), false);
-  }
+  const int64_t whole = targets.size() / LANES, left = targets.size() % LANES;
+  if (whole) visit(targets.begin, whole, first_lanes(LANES), true);
+  if (!left) return;
+  if (!exact && whole)
+    visit(targets.end - LANES, 1, first_lanes(LANES), true);
+  else
+    visit(targets.end - left, 1, first_lanes(left), false);
 }
 
 // Bands of vectors along the width, under the same two rules.
@@ -73,11 +72,11 @@ void sweep_line(Span targets, bool exact, Visit&& visit) {
 template <class Visit>
 void sweep_rows(const Axis (&axes)[3], const Box& targets, bool line, bool exact, Visit&& visit) {
   TilePlace tile;
-  tile.range.lane = {0, line ? 1 : int64_t(axes[2].taps.size())};
+  tile.range.lane = EVERYWHERE;
   for (tile.depth = targets[0].begin; tile.depth < targets[0].end; ++tile.depth) {
     tile.range.depth = axes[0].real_taps(tile.depth);
     if (line) {
-      tile.range.places = EVERYWHERE;
+      tile.range.places = EVERYWHERE, tile.run = 1;
       for (tile.height = targets[1].begin; tile.height < targets[1].end; ++tile.height) {
         tile.range.height = axes[1].real_taps(tile.height);
         sweep_line(targets[2], exact, [&](int64_t width, int band, Mask lanes, bool all_lanes) {
@@ -90,8 +89,8 @@ void sweep_rows(const Axis (&axes)[3], const Box& targets, bool line, bool exact
       sweep_bands(targets[1], axes[1].period, [&](int64_t height, int band) {
         tile.height = height, tile.band = band;
         tile.range.places = axes[1].real_places(height);
-        sweep_lanes(targets[2], exact, [&](int64_t width, Mask lanes, bool all_lanes) {
-          tile.width = width, tile.lanes = lanes, tile.all_lanes = all_lanes;
+        sweep_lanes(targets[2], exact, [&](int64_t width, int64_t run, Mask lanes, bool all_lanes) {
+          tile.width = width, tile.run = run, tile.lanes = lanes, tile.all_lanes = all_lanes;
           visit(tile);
         });
       });
@@ -104,7 +103,7 @@ void sweep_rows(const Axis (&axes)[3], const Box& targets, bool line, bool exact
 template <class Visit>
 void sweep_channels(const Axis (&axes)[3], const Box& targets, int64_t groups, Visit&& visit) {
   TilePlace tile;
-  tile.lanes = first_lanes(LANES), tile.all_lanes = true, tile.range.lane = {0, 1};
+  tile.lanes = first_lanes(LANES), tile.all_lanes = true, tile.range.lane = EVERYWHERE, tile.run = 1;
   for (tile.depth = targets[0].begin; tile.depth < targets[0].end; ++tile.depth) {
     tile.range.depth = axes[0].real_taps(tile.depth);
     for (tile.height = targets[1].begin; tile.height < targets[1].end; ++tile.height) {

@@ -1,7 +1,7 @@
 // The two micro-kernels of depthwise convolution: a band of outputs held in registers, and a band of taps.
 //
 // Both see memory the same way. A band is a run of up to BAND output vectors whose sources lie `band_step` floats apart;
-// a chunk is a run of up to CHUNK taps, each one `band_step` further than the one before. So one load of source
+// a chunk is a series of up to CHUNK taps, each one `band_step` further than the one before. So one load of source
 // vector r + k serves every output r and tap k of the band and chunk: (R + K - 1) loads for R * K multiply-adds.
 //
 //   correlate:  out[r] (+)= sum over chunks, lane taps, outer taps, k:  weight[k] * source[(r + k) * band_step]
@@ -11,6 +11,7 @@
 // rows ("line"), or pixels along W with lanes along C ("channels"). Only the tables differ.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
@@ -28,6 +29,9 @@ struct Span {
   Span united(Span other) const {
     return {begin < other.begin ? begin : other.begin, end > other.end ? end : other.end};
   }
+  Span within(Span other) const {
+    return {begin > other.begin ? begin : other.begin, end < other.end ? end : other.end};
+  }
 };
 
 struct Chunk {
@@ -36,10 +40,11 @@ struct Chunk {
   int64_t weight;  // position of its first weight within an outer tap, in packed weights
   int64_t step;    // packed weights from one lane tap to the next
   int64_t at;      // its first tap's place along the band's dimension
+  Span lane;       // its lane taps
 };
 
 // The taps of one convolution as offsets into a source. A packed weight's position is
-//   ((group * depth taps + depth tap) * height taps + height tap) * inner + chunk.weight + lane tap * chunk.step + k.
+//   ((group * depth taps + depth tap) * height taps + height tap) * inner + chunk.weight + (lane tap - chunk.lane.begin) * chunk.step + k.
 struct TapTables {
   std::vector<int64_t> group, depth, height, lane;  // source offsets of the outer taps, and of the lane taps
   std::vector<Chunk> chunks;                        // sorted by their number of taps
@@ -62,6 +67,18 @@ struct TapRange {
   }
 };
 
+// Several tiles of one band size in a row, in one call: what to add to get from one tile to the next.
+struct Run {
+  int64_t count = 1;
+  int64_t source = 0, weights = 0, start = 0, out = 0;  // in elements; for reduce, `out` is grad_out's step
+};
+
+enum class Element { float32, bfloat16, float16 };
+template <class T>
+constexpr Element ELEMENT = std::is_same_v<T, float>      ? Element::float32
+                            : std::is_same_v<T, bfloat16> ? Element::bfloat16
+                                                          : Element::float16;
+
 // Sources are scratch floats, or, for chunks of at most SMALL_CHUNK taps, elements of a tensor itself.
 constexpr int SMALL_CHUNK = 3;
 
@@ -70,10 +87,13 @@ struct CorrelateTile {
   const T* source;       // of the band's first output, first taps
   const float* weights;  // packed: one float each (rows, line) or LANES floats each (channels)
   const float* start;    // added to every output: one float, or LANES floats; may be null
-  float* out;
+  void* out;             // of type `element`
+  Element element;
   int64_t out_step;
+  int64_t fetch_source, fetch_out;  // how far ahead memory is fetched, in elements; 0 fetches nothing new
   Mask lanes;
   bool all_lanes;
+  Run run;
 };
 
 template <class T = float>
@@ -81,10 +101,11 @@ struct ReduceTile {
   const T* source;
   const T* grad_out;
   int64_t grad_step;
-  float* grad_weights;  // packed, LANES floats each, added to
-  float* grad_bias;     // LANES floats, added to; may be null
+  float* grad_weights;  // packed, LANES floats each, added to; may be null
+  float* grad_bias;     // LANES floats, added to
   Mask lanes;
   bool all_lanes;
+  Run run;  // `weights` is the step of both sums
 };
 
 // `band` outputs, 1 <= band <= BAND. Vector weights have one value a lane, scalar weights one for all lanes.
