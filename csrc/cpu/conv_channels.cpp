@@ -86,7 +86,7 @@ int64_t source_offset(const Axis (&axes)[3], const Layout& layout, const TilePla
 template <class T>
 void correlate_into(const TapTables& tables, const TilePlace& place, const float* source, const float* weights,
                     const float* bias, const Lanes& lanes, T* out, int64_t out_step, int64_t next_row) {
-  CorrelateTile<> tile{source,   weights,      bias, out, ELEMENT<T>, out_step, 0, next_row, lanes.mask(),
+  CorrelateTile<> tile{source,   weights,      bias, out, ELEMENT<T>, out_step, next_row, lanes.mask(),
                        lanes.count == LANES, {}};
   if (lanes.step == 1) return correlate_vector_weights(place.band, tables, place.range, tile);
   alignas(64) float block[BAND * LANES];
@@ -327,7 +327,7 @@ void conv_backward_channels(const ConvShape& shape, const BackwardArgs<T>& args,
             const float* const from =
                 source ? source + g * part.sources.floats + source_offset(plan.axes, part.sources, tile) : nullptr;
             float* const to = block_sums + (g * multiplier + j) * kernel_sums;
-            reduce<float>(tile.band, part.tables, tile.range,
+            reduce(tile.band, part.tables, tile.range,
                    {from, first, plan.axes[2].period * LANES, source ? to : nullptr, to + packed * LANES, tile.lanes,
                     true, {}});
           });

@@ -1,12 +1,10 @@
-// Depthwise convolution on (N, D, H, W, C) images with kernels of at most SMALL_CHUNK taps a dimension: bound by memory,
-// so tiles read the images themselves. A band runs along H and its lanes along (W, C), whose vectors follow one another
-// in memory: a line is fetched for one band and used by all its rows. Padding is never read: columns leave taps out, and
-// the few rows at the top and bottom have tables of their own.
+// Depthwise convolution on (N, D, H, W, C) images with zero padding: tiles read the images themselves. A band runs along H
+// and its lanes along (W, C), whose vectors follow one another in memory, so a row is read and written from end to end
+// and a line, once fetched, serves all rows of a band. Padding is never read: bands, columns and planes leave its taps out.
 //
 // Where C is no multiple of LANES the last group is moved back over channels already done, by the same thread and with
 // the same result.
 #include <cstring>
-#include <memory>
 
 #include "conv_channels.h"
 #include "conv_sweep.h"
@@ -14,14 +12,7 @@
 namespace pyarch {
 namespace {
 
-constexpr int64_t PREFETCH_AHEAD = 128;  // elements along a row: some tiles' work
-
-// Rows of targets that share sources, or one row at the top or bottom with the taps that are not padding.
-struct Band {
-  int64_t height;
-  int rows;
-  const TapTables* tables;
-};
+constexpr int64_t NEAR_BYTES = 24 * 1024;  // half a first-level cache: what neighbouring places share stays there
 
 // One kind of target (outputs, or input places of one phase), read from images of `size` places.
 struct Plan {
@@ -29,9 +20,9 @@ struct Plan {
   int64_t size[3];
   int64_t channels;
   TapTables tables;
-  std::vector<std::unique_ptr<TapTables>> edges;
   std::vector<Span> width_taps;  // of every target along the width, from `first_width`
   int64_t first_width;
+  int64_t together;  // groups whose sources for one place fit the first-level cache
 
   Plan(const ConvShape& shape, Axis depth, Axis height, Axis width, const int64_t (&sources)[3], Span widths)
       : axes{std::move(depth), std::move(height), std::move(width)},
@@ -43,6 +34,8 @@ struct Plan {
                         scaled(axes[2].taps, channels), axes[1].spacing, row, shape.taps());
     for (int64_t target = widths.begin; target < widths.end; ++target)
       width_taps.push_back(axes[2].real_taps(target));
+    const int64_t lines = (BAND + int64_t(axes[1].taps.size())) * std::max<int64_t>(axes[2].taps.size(), 1);
+    together = std::max<int64_t>(1, NEAR_BYTES / (lines * LANES * int64_t(sizeof(float))));
   }
 
   int64_t offset(const TilePlace& tile) const {
@@ -50,58 +43,27 @@ struct Plan {
             axes[2].first_source(tile.width)) *
            channels;
   }
-
-  std::vector<Band> bands(Span heights) {
-    std::vector<Band> all;
-    Span inner = heights;
-    while (inner.begin < inner.end && !has_all_taps(inner.begin)) all.push_back(edge(inner.begin++));
-    while (inner.begin < inner.end && !has_all_taps(inner.end - 1)) all.push_back(edge(--inner.end));
-    sweep_bands(inner, axes[1].period, [&](int64_t height, int rows) { all.push_back({height, rows, &tables}); });
-    return all;
-  }
-
- private:
-  bool has_all_taps(int64_t height) const {
-    return axes[1].real_taps(height).size() == int64_t(axes[1].taps.size());
-  }
-
-  Band edge(int64_t height) {
-    auto trimmed = std::make_unique<TapTables>(tables);
-    const Span real = axes[1].real_places(height);
-    trimmed->chunks.clear();
-    for (const Chunk& chunk : tables.chunks) {
-      int first = 0, last = chunk.taps;
-      while (first < last && chunk.at + first * tables.spacing < real.begin) ++first;
-      while (first < last && chunk.at + (last - 1) * tables.spacing >= real.end) --last;
-      if (first < last)
-        trimmed->chunks.push_back({last - first, chunk.source + first * tables.band_step, chunk.weight + first,
-                                   chunk.step, chunk.at + first * tables.spacing, chunk.lane});
-    }
-    std::stable_sort(trimmed->chunks.begin(), trimmed->chunks.end(),
-                     [](const Chunk& a, const Chunk& b) { return a.taps < b.taps; });
-    edges.push_back(std::move(trimmed));
-    return {height, 1, edges.back().get()};
-  }
 };
 
-// Calls visit(first group, groups, tile, tables) for runs of groups at all places of some bands; the groups of a run lie
-// LANES channels apart.
+// Calls visit(first group, groups, tile) for runs of groups at all places of a box of rows; the groups of a run lie LANES
+// channels apart.
 template <class Visit>
-void sweep_places(const Plan& plan, Span depths, const std::vector<Band>& bands, Visit&& visit) {
+void sweep_places(const Plan& plan, Span depths, Span heights, Visit&& visit) {
   const int64_t groups = ceil_div(plan.channels, LANES), whole = plan.channels / LANES;
   TilePlace tile;
-  tile.lanes = first_lanes(LANES), tile.all_lanes = true;
-  tile.range.height = {0, 1}, tile.range.places = EVERYWHERE;
+  tile.lanes = first_lanes(LANES), tile.all_lanes = true, tile.range.height = {0, 1};
   for (tile.depth = depths.begin; tile.depth < depths.end; ++tile.depth) {
     tile.range.depth = plan.axes[0].real_taps(tile.depth);
-    for (const Band& band : bands) {
-      tile.height = band.height, tile.band = band.rows;
-      for (size_t i = 0; i < plan.width_taps.size(); ++i) {
-        tile.width = plan.first_width + int64_t(i), tile.range.lane = plan.width_taps[i];
-        visit(0, whole, tile, *band.tables);
-        if (groups > whole) visit(whole, 1, tile, *band.tables);
+    sweep_bands(heights, plan.axes[1].period, [&](int64_t height, int rows) {
+      tile.height = height, tile.band = rows, tile.range.places = plan.axes[1].real_places(height);
+      for (int64_t group = 0, count; group < groups; group += count) {
+        count = group == whole ? 1 : std::min(plan.together, whole - group);
+        for (size_t i = 0; i < plan.width_taps.size(); ++i) {
+          tile.width = plan.first_width + int64_t(i), tile.range.lane = plan.width_taps[i];
+          visit(group, count, tile);
+        }
       }
-    }
+    });
   }
 }
 
@@ -109,13 +71,12 @@ int64_t first_channel(const ConvShape& shape, int64_t group) {
   return std::min(group * LANES, shape.channels - LANES);
 }
 
-// Runs the tiles of some groups into an image, `out_step` elements between rows, and fetches what later ones will read
-// and write.
+// Runs the tiles of some groups into an image, `out_step` elements between rows.
 template <class T>
 void correlate_places(const TapTables& tables, const TilePlace& place, int64_t groups, const T* source,
                       const float* weights, int64_t weights_step, const float* bias, T* out, int64_t out_step) {
   correlate_vector_weights<T>(place.band, tables, place.range,
-                              {source, weights, bias, out, ELEMENT<T>, out_step, PREFETCH_AHEAD, PREFETCH_AHEAD,
+                              {source, weights, bias, out, ELEMENT<T>, out_step, 0,
                                place.lanes, true, {groups, LANES, weights_step, weights_step, LANES}});
 }
 
@@ -136,14 +97,13 @@ Span part(int64_t size, int64_t index, int64_t parts) { return {size * index / p
 }  // namespace
 
 bool reads_in_place(const ConvShape& shape) {
-  return shape.mode == PaddingMode::zeros && shape.multiplier == 1 && shape.kernel[2] <= SMALL_CHUNK &&
-         shape.kernel[1] <= SMALL_CHUNK && shape.kernel[0] <= SMALL_CHUNK && shape.channels >= LANES;
+  return shape.mode == PaddingMode::zeros && shape.multiplier == 1 && shape.channels >= LANES;
 }
 
 template <class T>
 void forward_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const ParallelFor& parallel) {
   const int64_t groups = group_count(shape), channels = shape.channels;
-  Plan plan(shape, forward_axis(shape, 0), forward_axis(shape, 1), forward_axis(shape, 2), shape.in,
+  const Plan plan(shape, forward_axis(shape, 0), forward_axis(shape, 1), forward_axis(shape, 2), shape.in,
                   {0, shape.out[2]});
   const int64_t kernel = plan.tables.packed() * LANES;
   float* const weights = scratch(Slot::shared_weights, groups * (kernel + LANES));
@@ -155,20 +115,18 @@ void forward_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const 
   }
 
   const int64_t parts = row_parts(shape, shape.out[1]);
-  std::vector<std::vector<Band>> bands;
-  for (int64_t i = 0; i < parts; ++i) bands.push_back(plan.bands(part(shape.out[1], i, parts)));
   parallel(shape.batch * shape.out[0] * parts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / parts / shape.out[0], depth = task / parts % shape.out[0];
       const T* const input = args.input + image * shape.in_size() * channels;
       T* const output = args.output + image * shape.out_size() * channels;
       const int64_t row = shape.out[2] * channels, band_step = plan.axes[1].period * row;
-      sweep_places(plan, {depth, depth + 1}, bands[task % parts],
-                   [&](int64_t group, int64_t count, const TilePlace& tile, const TapTables& tables) {
+      sweep_places(plan, {depth, depth + 1}, part(shape.out[1], task % parts, parts),
+                   [&](int64_t group, int64_t count, const TilePlace& tile) {
                      const int64_t first = first_channel(shape, group);
                      const float* const packed = weights + group * (kernel + LANES);
                      T* const out = output + (tile.depth * shape.out[1] + tile.height) * row + tile.width * channels;
-                     correlate_places(tables, tile, count, input + plan.offset(tile) + first, packed, kernel + LANES,
+                     correlate_places(plan.tables, tile, count, input + plan.offset(tile) + first, packed, kernel + LANES,
                                       packed + kernel, out + first, band_step);
                    });
     }
@@ -178,7 +136,7 @@ void forward_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const 
 template <class T>
 void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, const ParallelFor& parallel) {
   const int64_t groups = group_count(shape), channels = shape.channels;
-  Plan outputs(shape, forward_axis(shape, 0), forward_axis(shape, 1), forward_axis(shape, 2), shape.in,
+  const Plan outputs(shape, forward_axis(shape, 0), forward_axis(shape, 1), forward_axis(shape, 2), shape.in,
                      {0, shape.out[2]});
 
   // Input places by phase of the stride, each phase with its own taps and weights.
@@ -186,7 +144,6 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
     int64_t of[3];
     Plan plan;
     int64_t first_weight;
-    std::vector<std::vector<Band>> bands;  // of every part
   };
   std::vector<Phase> phases;
   int64_t kernel = 0;
@@ -196,8 +153,7 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
         phases.push_back({{d, h, w},
                           {shape, gradient_axis(shape, 0, d), gradient_axis(shape, 1, h), gradient_axis(shape, 2, w),
                            shape.out, gradient_targets(shape, 2, w, {0, shape.in[2]})},
-                          kernel,
-                          {}});
+                          kernel});
         kernel += phases.back().plan.tables.packed() * LANES;
       }
   float* const weights = scratch(Slot::shared_weights, groups * kernel);
@@ -210,13 +166,6 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
   const int64_t parts = std::min(row_parts(shape, shape.in[1]), shape.out[1]);
   const int64_t depths = std::min(shape.in[0], shape.out[0]);
   const int64_t units = shape.batch * depths * parts, stretches = std::min(units, TASKS);
-  std::vector<std::vector<Band>> output_bands;
-  for (int64_t i = 0; i < parts; ++i) {
-    output_bands.push_back(outputs.bands(part(shape.out[1], i, parts)));
-    for (Phase& phase : phases)
-      phase.bands.push_back(
-          phase.plan.bands(gradient_targets(shape, 1, phase.of[1], part(shape.in[1], i, parts))));
-  }
   const int64_t packed = outputs.tables.packed(), sums_a_group = (packed + 1) * LANES;
   const bool wants_sums = args.grad_weight || args.grad_bias;
   float* const sums = wants_sums ? scratch(Slot::shared_sums, stretches * groups * sums_a_group) : nullptr;
@@ -230,15 +179,15 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
         const T* const grad_output = args.grad_output + image * shape.out_size() * channels;
         T* const to = args.grad_input + image * shape.in_size() * channels;
         for (const Phase& phase : phases) {
-          const Span places = gradient_targets(shape, 0, phase.of[0], part(shape.in[0], depth, depths));
+          const Span planes = gradient_targets(shape, 0, phase.of[0], part(shape.in[0], depth, depths));
+          const Span rows = gradient_targets(shape, 1, phase.of[1], part(shape.in[1], index, parts));
           const int64_t row = shape.in[2] * channels, band_step = phase.plan.axes[1].period * shape.stride[1] * row;
-          sweep_places(phase.plan, places, phase.bands[index],
-                       [&](int64_t group, int64_t count, const TilePlace& tile, const TapTables& tables) {
+          sweep_places(phase.plan, planes, rows, [&](int64_t group, int64_t count, const TilePlace& tile) {
                          const int64_t first = first_channel(shape, group);
                          const int64_t d = gradient_place(shape, 0, phase.of[0], tile.depth);
                          const int64_t h = gradient_place(shape, 1, phase.of[1], tile.height);
                          const int64_t w = gradient_place(shape, 2, phase.of[2], tile.width);
-                         correlate_places(tables, tile, count, grad_output + phase.plan.offset(tile) + first,
+                         correlate_places(phase.plan.tables, tile, count, grad_output + phase.plan.offset(tile) + first,
                                           weights + group * kernel + phase.first_weight, kernel, nullptr,
                                           to + (d * shape.in[1] + h) * row + w * channels + first, band_step);
                        });
@@ -246,12 +195,12 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
         if (!sums) continue;
         const T* const input = args.input + image * shape.in_size() * channels;
         const int64_t grad_step = outputs.axes[1].period * shape.out[2] * channels;
-        sweep_places(outputs, part(shape.out[0], depth, depths), output_bands[index],
-                     [&](int64_t group, int64_t count, const TilePlace& tile, const TapTables& tables) {
+        sweep_places(outputs, part(shape.out[0], depth, depths), part(shape.out[1], index, parts),
+                     [&](int64_t group, int64_t count, const TilePlace& tile) {
                        const int64_t first = first_channel(shape, group);
                        const int64_t place = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
                        float* const group_sums = own_sums + group * sums_a_group;
-                       reduce<T>(tile.band, tables, tile.range,
+                       reduce_in_place<T>(tile.band, outputs.tables, tile.range,
                                  {input + outputs.offset(tile) + first, grad_output + place * channels + first,
                                   grad_step, args.grad_weight ? group_sums : nullptr,
                                   group_sums + packed * LANES, tile.lanes, true,

@@ -146,7 +146,7 @@ template <class T>
 void correlate_into(const TapTables& tables, const TilePlace& place, const float* source, const float* weights,
                     const float* bias, T* out, int64_t out_step, int64_t ahead) {
   correlate_scalar_weights(place.band, tables, place.range,
-                           {source, weights, bias, out, ELEMENT<T>, out_step, 0, ahead, place.lanes, place.all_lanes,
+                           {source, weights, bias, out, ELEMENT<T>, out_step, ahead, place.lanes, place.all_lanes,
                             {place.run, LANES, 0, 0, LANES}});
 }
 
@@ -361,7 +361,7 @@ void conv_backward_rows(const ConvShape& shape, const BackwardArgs<T>& args, con
           sweep_rows(plan.axes, part.outputs, plan.line, true, [&](const TilePlace& tile) {
             const int64_t at = grads.at_row(tile.depth, tile.height) + tile.width - grads.box[2].begin;
             const int64_t from = source ? source_offset(plan.axes, part.sources, tile) : 0;
-            reduce<float>(tile.band, part.tables, tile.range,
+            reduce(tile.band, part.tables, tile.range,
                    {source + from, grad + j * grads.floats + at, grad_step, source ? kernel_sums : nullptr,
                     kernel_sums + packed * LANES, tile.lanes, tile.all_lanes, {tile.run, LANES, 0, 0, LANES}});
           });

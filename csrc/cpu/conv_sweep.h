@@ -98,17 +98,16 @@ void sweep_rows(const Axis (&axes)[3], const Box& targets, bool line, bool exact
   }
 }
 
-// Rows of places, each for every group of channels in turn, with bands along W and lanes along C: a row's groups share
-// memory lines and pages, so the row is finished before the next begins.
+// Pixels of groups of channels, one group after the other, with bands along W and lanes along C.
 template <class Visit>
 void sweep_channels(const Axis (&axes)[3], const Box& targets, int64_t groups, Visit&& visit) {
   TilePlace tile;
   tile.lanes = first_lanes(LANES), tile.all_lanes = true, tile.range.lane = EVERYWHERE, tile.run = 1;
-  for (tile.depth = targets[0].begin; tile.depth < targets[0].end; ++tile.depth) {
-    tile.range.depth = axes[0].real_taps(tile.depth);
-    for (tile.height = targets[1].begin; tile.height < targets[1].end; ++tile.height) {
-      tile.range.height = axes[1].real_taps(tile.height);
-      for (int64_t group = 0; group < groups; ++group) {
+  for (int64_t group = 0; group < groups; ++group) {
+    for (tile.depth = targets[0].begin; tile.depth < targets[0].end; ++tile.depth) {
+      tile.range.depth = axes[0].real_taps(tile.depth);
+      for (tile.height = targets[1].begin; tile.height < targets[1].end; ++tile.height) {
+        tile.range.height = axes[1].real_taps(tile.height);
         sweep_bands(targets[2], axes[2].period, [&](int64_t width, int band) {
           tile.width = width, tile.band = band;
           tile.range.places = axes[2].real_places(width);

@@ -61,9 +61,12 @@ struct TapRange {
   Span depth, height, lane;
   Span places;  // relative to the source of the tile's first output
 
-  template <int R, int K>
-  bool skips(const Chunk& chunk, int64_t spacing) const {
-    return chunk.at >= places.end || chunk.at + (R + K - 2) * spacing < places.begin;
+  // Of the sources of a chunk, `spacing` places apart, those that are not padding.
+  Span real_sources(const Chunk& chunk, int64_t spacing) const {
+    const auto first_from = [&](int64_t place) {
+      return place <= chunk.at ? 0 : (place - chunk.at + spacing - 1) / spacing;
+    };
+    return {first_from(places.begin), first_from(places.end)};
   }
 };
 
@@ -79,9 +82,7 @@ constexpr Element ELEMENT = std::is_same_v<T, float>      ? Element::float32
                             : std::is_same_v<T, bfloat16> ? Element::bfloat16
                                                           : Element::float16;
 
-// Sources are scratch floats, or, for chunks of at most SMALL_CHUNK taps, elements of a tensor itself.
-constexpr int SMALL_CHUNK = 3;
-
+// Sources are scratch floats, or elements of a tensor itself.
 template <class T = float>
 struct CorrelateTile {
   const T* source;       // of the band's first output, first taps
@@ -90,7 +91,7 @@ struct CorrelateTile {
   void* out;             // of type `element`
   Element element;
   int64_t out_step;
-  int64_t fetch_source, fetch_out;  // how far ahead memory is fetched, in elements; 0 fetches nothing new
+  int64_t fetch_out;  // how far ahead the memory to be written is fetched, in elements; 0 fetches none
   Mask lanes;
   bool all_lanes;
   Run run;
@@ -108,11 +109,21 @@ struct ReduceTile {
   Run run;  // `weights` is the step of both sums
 };
 
-// `band` outputs, 1 <= band <= BAND. Vector weights have one value a lane, scalar weights one for all lanes.
+// Calls visit with `band` as a constant.
+template <class Visit>
+ALWAYS_INLINE void with_band(int band, Visit&& visit) {
+  unrolled<BAND>([&](auto index) {
+    if (band == index + 1) visit(std::integral_constant<int, index + 1>{});
+  });
+}
+
+// `band` outputs, 1 <= band <= BAND. Vector weights have one value a lane, scalar weights one for all lanes. With vector
+// weights, and in `reduce_in_place`, sources outside range.places are padding and are not read.
 void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<>& tile);
 template <class T>
 void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<T>& tile);
+void reduce(int band, const TapTables& taps, const TapRange& range, const ReduceTile<>& tile);
 template <class T>
-void reduce(int band, const TapTables& taps, const TapRange& range, const ReduceTile<T>& tile);
+void reduce_in_place(int band, const TapTables& taps, const TapRange& range, const ReduceTile<T>& tile);
 
 }  // namespace pyarch
