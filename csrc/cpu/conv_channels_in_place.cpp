@@ -45,10 +45,27 @@ struct Plan {
   }
 };
 
-// Calls visit(first group, groups, tile) for runs of groups at all places of a box of rows; the groups of a run lie LANES
-// channels apart.
+Span part(int64_t size, int64_t index, int64_t parts) { return {size * index / parts, size * (index + 1) / parts}; }
+
+// How an image is cut into tasks: rows as many as one band, and along the width until there is work for many threads.
+struct Cut {
+  int64_t depths, heights, widths;
+
+  Cut(int64_t batch, int64_t depths, int64_t heights, int64_t widths)
+      : depths(depths),
+        heights(ceil_div(heights, BAND)),
+        widths(std::clamp<int64_t>(ceil_div(TASKS, batch * depths * this->heights), 1, widths)) {}
+
+  int64_t parts() const { return depths * heights * widths; }
+};
+
+// Calls visit(first group, groups, tile) for runs of groups at all places of one part of the plan's targets; the groups
+// of a run lie LANES channels apart.
 template <class Visit>
-void sweep_places(const Plan& plan, Span depths, Span heights, Visit&& visit) {
+void sweep_places(const Plan& plan, const Cut& cut, int64_t index, Span all_depths, Span all_heights, Visit&& visit) {
+  const Span widths = part(int64_t(plan.width_taps.size()), index % cut.widths, cut.widths);
+  const Span heights = part(all_heights.size(), index / cut.widths % cut.heights, cut.heights) + all_heights.begin;
+  const Span depths = part(all_depths.size(), index / cut.widths / cut.heights, cut.depths) + all_depths.begin;
   const int64_t groups = ceil_div(plan.channels, LANES), whole = plan.channels / LANES;
   TilePlace tile;
   tile.lanes = first_lanes(LANES), tile.all_lanes = true, tile.range.height = {0, 1};
@@ -58,8 +75,8 @@ void sweep_places(const Plan& plan, Span depths, Span heights, Visit&& visit) {
       tile.height = height, tile.band = rows, tile.range.places = plan.axes[1].real_places(height);
       for (int64_t group = 0, count; group < groups; group += count) {
         count = group == whole ? 1 : std::min(plan.together, whole - group);
-        for (size_t i = 0; i < plan.width_taps.size(); ++i) {
-          tile.width = plan.first_width + int64_t(i), tile.range.lane = plan.width_taps[i];
+        for (int64_t i = widths.begin; i < widths.end; ++i) {
+          tile.width = plan.first_width + i, tile.range.lane = plan.width_taps[i];
           visit(group, count, tile);
         }
       }
@@ -87,13 +104,6 @@ void pack_group(const TapTables& tables, const T* weight, int64_t taps, float* p
       packed[i * LANES + lane] = to_float(weight[lane * taps + tables.order[i]]);
 }
 
-// Rows a task: as many as one band where there is work enough.
-int64_t row_parts(const ConvShape& shape, int64_t rows) {
-  return std::min(rows, std::max(ceil_div(rows, BAND), ceil_div(TASKS, shape.batch * shape.in[0])));
-}
-
-Span part(int64_t size, int64_t index, int64_t parts) { return {size * index / parts, size * (index + 1) / parts}; }
-
 }  // namespace
 
 bool reads_in_place(const ConvShape& shape) {
@@ -114,20 +124,20 @@ void forward_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const 
     store(to + kernel, args.bias ? load(args.bias + first) : zero());
   }
 
-  const int64_t parts = row_parts(shape, shape.out[1]);
-  parallel(shape.batch * shape.out[0] * parts, [&](int64_t begin, int64_t end) {
+  const Cut cut(shape.batch, shape.out[0], shape.out[1], shape.out[2]);
+  parallel(shape.batch * cut.parts(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / parts / shape.out[0], depth = task / parts % shape.out[0];
+      const int64_t image = task / cut.parts();
       const T* const input = args.input + image * shape.in_size() * channels;
       T* const output = args.output + image * shape.out_size() * channels;
       const int64_t row = shape.out[2] * channels, band_step = plan.axes[1].period * row;
-      sweep_places(plan, {depth, depth + 1}, part(shape.out[1], task % parts, parts),
+      sweep_places(plan, cut, task % cut.parts(), {0, shape.out[0]}, {0, shape.out[1]},
                    [&](int64_t group, int64_t count, const TilePlace& tile) {
                      const int64_t first = first_channel(shape, group);
                      const float* const packed = weights + group * (kernel + LANES);
                      T* const out = output + (tile.depth * shape.out[1] + tile.height) * row + tile.width * channels;
-                     correlate_places(plan.tables, tile, count, input + plan.offset(tile) + first, packed, kernel + LANES,
-                                      packed + kernel, out + first, band_step);
+                     correlate_places(plan.tables, tile, count, input + plan.offset(tile) + first, packed,
+                                      kernel + LANES, packed + kernel, out + first, band_step);
                    });
     }
   });
@@ -163,9 +173,9 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
                  weights + group * kernel + phase.first_weight);
 
   // Stretches of parts sum their weight gradients in order; how many there are depends on the shape alone.
-  const int64_t parts = std::min(row_parts(shape, shape.in[1]), shape.out[1]);
-  const int64_t depths = std::min(shape.in[0], shape.out[0]);
-  const int64_t units = shape.batch * depths * parts, stretches = std::min(units, TASKS);
+  const Cut cut(shape.batch, std::min(shape.in[0], shape.out[0]), std::min(shape.in[1], shape.out[1]),
+                std::min(shape.in[2], shape.out[2]));
+  const int64_t units = shape.batch * cut.parts(), stretches = std::min(units, TASKS);
   const int64_t packed = outputs.tables.packed(), sums_a_group = (packed + 1) * LANES;
   const bool wants_sums = args.grad_weight || args.grad_bias;
   float* const sums = wants_sums ? scratch(Slot::shared_sums, stretches * groups * sums_a_group) : nullptr;
@@ -175,14 +185,14 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
       float* const own_sums = sums + stretch * groups * sums_a_group;
       if (sums) std::memset(own_sums, 0, groups * sums_a_group * sizeof(float));
       for (int64_t unit = units * stretch / stretches; unit < units * (stretch + 1) / stretches; ++unit) {
-        const int64_t image = unit / parts / depths, depth = unit / parts % depths, index = unit % parts;
+        const int64_t image = unit / cut.parts(), index = unit % cut.parts();
         const T* const grad_output = args.grad_output + image * shape.out_size() * channels;
         T* const to = args.grad_input + image * shape.in_size() * channels;
         for (const Phase& phase : phases) {
-          const Span planes = gradient_targets(shape, 0, phase.of[0], part(shape.in[0], depth, depths));
-          const Span rows = gradient_targets(shape, 1, phase.of[1], part(shape.in[1], index, parts));
+          const Span planes = gradient_targets(shape, 0, phase.of[0], {0, shape.in[0]});
+          const Span rows = gradient_targets(shape, 1, phase.of[1], {0, shape.in[1]});
           const int64_t row = shape.in[2] * channels, band_step = phase.plan.axes[1].period * shape.stride[1] * row;
-          sweep_places(phase.plan, planes, rows, [&](int64_t group, int64_t count, const TilePlace& tile) {
+          sweep_places(phase.plan, cut, index, planes, rows, [&](int64_t group, int64_t count, const TilePlace& tile) {
                          const int64_t first = first_channel(shape, group);
                          const int64_t d = gradient_place(shape, 0, phase.of[0], tile.depth);
                          const int64_t h = gradient_place(shape, 1, phase.of[1], tile.height);
@@ -195,7 +205,7 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
         if (!sums) continue;
         const T* const input = args.input + image * shape.in_size() * channels;
         const int64_t grad_step = outputs.axes[1].period * shape.out[2] * channels;
-        sweep_places(outputs, part(shape.out[0], depth, depths), part(shape.out[1], index, parts),
+        sweep_places(outputs, cut, index, {0, shape.out[0]}, {0, shape.out[1]},
                      [&](int64_t group, int64_t count, const TilePlace& tile) {
                        const int64_t first = first_channel(shape, group);
                        const int64_t place = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;

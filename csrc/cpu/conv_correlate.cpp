@@ -6,9 +6,11 @@ namespace {
 
 template <int R, int K, bool PADS, class T>
 ALWAYS_INLINE void correlate_chunk(Vec (&sums)[R], const T* source, int64_t step, Span real, const Vec (&weights)[K]) {
-  unrolled<R + K - 1>([&](auto at) __attribute__((always_inline)) {
-    if (PADS && (at < real.begin || at >= real.end)) return;
-    const Vec value = load(source + at * step);
+  unrolled<R + K - 1>([&](auto index) __attribute__((always_inline)) {
+    constexpr int at = visited(index, R + K - 1);
+    const T* const place = source + at * step;
+    Vec value = load(PADS ? source_or_zeros(place, at, real) : place);
+    IN_REGISTER(value);
     unrolled<K>([&](auto k) __attribute__((always_inline)) {
       if constexpr (at >= k && at - k < R) sums[at - k] = fma(weights[k], value, sums[at - k]);
     });

@@ -6,19 +6,23 @@ namespace {
 
 // With few taps in a chunk, one sum a tap would wait for itself: each tap keeps several and adds them at the end.
 // A tile's sums start at zero: adding band by band keeps float32's error near the square root of a running sum's.
-constexpr int chains(int taps) { return taps >= 6 ? 1 : taps >= 3 ? 2 : 4; }
+constexpr int chains(int taps) {
+  constexpr int LEFT = REGISTERS - BAND - 2;
+  return 4 * taps <= LEFT ? 4 : 2 * taps <= LEFT ? 2 : 1;
+}
 
-template <int R, int K, bool PADS, class Load>
-ALWAYS_INLINE void reduce_chunk(const Vec (&grad)[R], float* grad_weights, Span real, Load&& source_at) {
+template <int R, int K, class Load>
+ALWAYS_INLINE void reduce_chunk(const Vec (&grad)[R], float* grad_weights, Load&& source_at) {
   constexpr int CHAINS = chains(K);
   Vec sums[CHAINS][K];
   unrolled<CHAINS>([&](auto chain) { unrolled<K>([&](auto k) { sums[chain][k] = zero(); }); });
-  unrolled<R + K - 1>([&](auto at) __attribute__((always_inline)) {
-    if (PADS && (at < real.begin || at >= real.end)) return;
-    const Vec value = source_at(at);
+  unrolled<R + K - 1>([&](auto index) __attribute__((always_inline)) {
+    constexpr int at = visited(index, R + K - 1);
+    Vec value = source_at(std::integral_constant<int, at>{});
+    IN_REGISTER(value);
     unrolled<K>([&](auto k) __attribute__((always_inline)) {
       if constexpr (at >= k && at - k < R)
-        sums[at % CHAINS][k] = fma(grad[at - k], value, sums[at % CHAINS][k]);
+        sums[index % CHAINS][k] = fma(grad[at - k], value, sums[index % CHAINS][k]);
     });
   });
   unrolled<K>([&](auto k) {
@@ -64,8 +68,9 @@ __attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange
             float* lane_sums = sums + (chunk->weight + (lanes.begin - chunk->lane.begin) * chunk->step) * LANES;
             for (int64_t lane = lanes.begin; lane < lanes.end; ++lane, lane_sums += chunk->step * LANES) {
               const T* const first = source + chunk->source + taps.lane[lane];
-              reduce_chunk<R, K, PADS>(grad, lane_sums, real, [&](auto at) __attribute__((always_inline)) {
-                return load_lanes(first + at * step);
+              reduce_chunk<R, K>(grad, lane_sums, [&](auto at) __attribute__((always_inline)) {
+                const T* const place = first + at * step;
+                return load_lanes(PADS ? source_or_zeros(place, at, real) : place);
               });
             }
           }

@@ -29,6 +29,7 @@ struct Span {
   Span united(Span other) const {
     return {begin < other.begin ? begin : other.begin, end > other.end ? end : other.end};
   }
+  Span operator+(int64_t shift) const { return {begin + shift, end + shift}; }
   Span within(Span other) const {
     return {begin > other.begin ? begin : other.begin, end < other.end ? end : other.end};
   }
@@ -109,6 +110,17 @@ struct ReduceTile {
   Run run;  // `weights` is the step of both sums
 };
 
+// The order in which a chunk's sources are visited, first and second half in turn: neighbouring sources add to the same
+// sums, which would wait for one another.
+constexpr int visited(int step, int sources) { return step % 2 ? (sources + 1) / 2 + step / 2 : step / 2; }
+
+// Where a source is read from: padding is a vector of zeros.
+template <class T>
+ALWAYS_INLINE const T* source_or_zeros(const T* source, int at, Span real) {
+  alignas(64) static constexpr T zeros[LANES] = {};
+  return at >= real.begin && at < real.end ? source : zeros;
+}
+
 // Calls visit with `band` as a constant.
 template <class Visit>
 ALWAYS_INLINE void with_band(int band, Visit&& visit) {
@@ -118,7 +130,7 @@ ALWAYS_INLINE void with_band(int band, Visit&& visit) {
 }
 
 // `band` outputs, 1 <= band <= BAND. Vector weights have one value a lane, scalar weights one for all lanes. With vector
-// weights, and in `reduce_in_place`, sources outside range.places are padding and are not read.
+// weights, and in `reduce_in_place`, sources outside range.places are padding: zeros stand in for them.
 void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<>& tile);
 template <class T>
 void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<T>& tile);

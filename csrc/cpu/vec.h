@@ -26,6 +26,10 @@ ALWAYS_INLINE float to_float(bfloat16 value) {
 }
 ALWAYS_INLINE float to_float(float16 value) { return _cvtsh_ss(value.bits); }
 
+// Keeps a loaded vector in its register. Otherwise GCC folds the load into every instruction that uses it, and reads
+// memory as often.
+#define IN_REGISTER(vector) asm("" : "+v"(vector))
+
 // Calls body(integral_constant<0>) ... body(integral_constant<Count - 1>), unrolled: arrays indexed by the argument
 // stay in registers.
 template <int Count, class Body>
