@@ -12,7 +12,8 @@
 namespace pyarch {
 namespace {
 
-constexpr int64_t NEAR_BYTES = 24 * 1024;  // half a first-level cache: what neighbouring places share stays there
+constexpr int64_t PART_BYTES = 192 * 1024;  // of sources a task: with what it writes, they stay in a second-level cache
+constexpr int64_t RUN_BYTES = 128 * 1024;   // of sources a run of groups reads for one place
 
 // One kind of target (outputs, or input places of one phase), read from images of `size` places.
 struct Plan {
@@ -22,7 +23,7 @@ struct Plan {
   TapTables tables;
   std::vector<Span> width_taps;  // of every target along the width, from `first_width`
   int64_t first_width;
-  int64_t together;  // groups whose sources for one place fit the first-level cache
+  int64_t together;  // groups whose sources for one place are read in one run
 
   Plan(const ConvShape& shape, Axis depth, Axis height, Axis width, const int64_t (&sources)[3], Span widths)
       : axes{std::move(depth), std::move(height), std::move(width)},
@@ -35,7 +36,7 @@ struct Plan {
     for (int64_t target = widths.begin; target < widths.end; ++target)
       width_taps.push_back(axes[2].real_taps(target));
     const int64_t lines = (BAND + int64_t(axes[1].taps.size())) * std::max<int64_t>(axes[2].taps.size(), 1);
-    together = std::max<int64_t>(1, NEAR_BYTES / (lines * LANES * int64_t(sizeof(float))));
+    together = std::max<int64_t>(1, RUN_BYTES / (lines * LANES * int64_t(sizeof(float))));
   }
 
   int64_t offset(const TilePlace& tile) const {
@@ -47,14 +48,18 @@ struct Plan {
 
 Span part(int64_t size, int64_t index, int64_t parts) { return {size * index / parts, size * (index + 1) / parts}; }
 
-// How an image is cut into tasks: rows as many as one band, and along the width until there is work for many threads.
+// How an image is cut into tasks: rows as many as one band, and along the width until a part's sources stay near and
+// there is work for many threads.
 struct Cut {
   int64_t depths, heights, widths;
 
-  Cut(int64_t batch, int64_t depths, int64_t heights, int64_t widths)
-      : depths(depths),
-        heights(ceil_div(heights, BAND)),
-        widths(std::clamp<int64_t>(ceil_div(TASKS, batch * depths * this->heights), 1, widths)) {}
+  Cut(const ConvShape& shape, int64_t depths, int64_t heights, int64_t widths)
+      : depths(depths), heights(ceil_div(heights, BAND)) {
+    const int64_t column = (BAND + shape.kernel[1]) * shape.channels * int64_t(sizeof(float));
+    const int64_t columns = std::max(PART_BYTES / column, 2 * shape.kernel[2]);
+    const int64_t tasks = shape.batch * depths * this->heights;
+    this->widths = std::clamp(std::max(ceil_div(widths, columns), ceil_div(TASKS, tasks)), int64_t(1), widths);
+  }
 
   int64_t parts() const { return depths * heights * widths; }
 };
@@ -124,7 +129,7 @@ void forward_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const 
     store(to + kernel, args.bias ? load(args.bias + first) : zero());
   }
 
-  const Cut cut(shape.batch, shape.out[0], shape.out[1], shape.out[2]);
+  const Cut cut(shape, shape.out[0], shape.out[1], shape.out[2]);
   parallel(shape.batch * cut.parts(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / cut.parts();
@@ -173,7 +178,7 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
                  weights + group * kernel + phase.first_weight);
 
   // Stretches of parts sum their weight gradients in order; how many there are depends on the shape alone.
-  const Cut cut(shape.batch, std::min(shape.in[0], shape.out[0]), std::min(shape.in[1], shape.out[1]),
+  const Cut cut(shape, std::min(shape.in[0], shape.out[0]), std::min(shape.in[1], shape.out[1]),
                 std::min(shape.in[2], shape.out[2]));
   const int64_t units = shape.batch * cut.parts(), stretches = std::min(units, TASKS);
   const int64_t packed = outputs.tables.packed(), sums_a_group = (packed + 1) * LANES;

@@ -76,7 +76,10 @@ __attribute__((noinline)) void correlate_band(const TapTables& taps, const TapRa
     }
     switch (tile.element) {
       case Element::float32:
-        store_band(reinterpret_cast<float*>(out), tile.out_step, sums, tile.lanes, tile.all_lanes);
+        if (tile.streams)
+          unrolled<R>([&](auto r) { stream(reinterpret_cast<float*>(out) + r * tile.out_step, sums[r]); });
+        else
+          store_band(reinterpret_cast<float*>(out), tile.out_step, sums, tile.lanes, tile.all_lanes);
         break;
       case Element::bfloat16:
         store_band(reinterpret_cast<bfloat16*>(out), tile.out_step, sums, tile.lanes, tile.all_lanes);

@@ -28,15 +28,16 @@ struct Layout {
   }
 };
 
-// Fetches, besides, what lies `ahead` elements on: the same places of the plane that this thread loads next.
+// Fetches, besides, what lies `ahead` elements on: the same places of the plane that this thread loads next. Writes whole
+// vectors, zeros beyond `count`.
 template <class T>
-void widen(const T* from, float* to, int64_t count, int64_t ahead) {
+ALWAYS_INLINE void widen(const T* from, float* to, int64_t count, int64_t ahead) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
     __builtin_prefetch(from + i + ahead);
     store(to + i, load(from + i));
   }
-  if (i < count) store(to + i, load(from + i, first_lanes(count - i)), first_lanes(count - i));
+  if (i < count) store(to + i, load(from + i, first_lanes(count - i)));
 }
 
 template <class T>
@@ -67,35 +68,19 @@ void join_phases(const float* from, float* line, int64_t count, const Layout& la
   for (int64_t i = 0; i < count; ++i) line[i] = from[i % layout.phases * layout.phase + i / layout.phases];
 }
 
-void zero_fill(float* to, int64_t count) {
+ALWAYS_INLINE void zero_fill(float* to, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) store(to + i, zero());
 }
 
-// One row of places, zeros or other padding included. Writes up to LANES floats beyond the row: rows are loaded in
-// ascending order, so the next one covers them.
-template <class T>
-void load_line(const T* row, int64_t size, Span places, PaddingMode mode, int64_t ahead, float* line) {
-  const int64_t begin = std::clamp<int64_t>(0, places.begin, places.end);
-  const int64_t end = std::clamp<int64_t>(size, begin, places.end);
-  if (mode == PaddingMode::zeros) {
-    zero_fill(line, begin - places.begin);
-    widen(row + begin, line + (begin - places.begin), end - begin, ahead);
-    zero_fill(line + (end - places.begin), places.end - end);
-    return;
-  }
-  const auto pad = [&](int64_t from, int64_t to) {
-    for (int64_t place = from; place < to; ++place)
-      line[place - places.begin] = to_float(row[source_place(place, size, mode)]);
-  };
-  pad(places.begin, begin);
-  widen(row + begin, line + (begin - places.begin), end - begin, ahead);
-  pad(end, places.end);
-}
-
+// Rows are loaded in ascending order and may write up to LANES floats beyond their end, which the next one covers.
 template <class T>
 void load_plane(const T* plane, const int64_t (&size)[3], PaddingMode mode, const Layout& layout, float* to) {
-  const int64_t width = layout.box[2].size(), ahead = size[0] * size[1] * size[2];
-  float* const line = layout.phases > 1 ? scratch(Slot::line, width + 2 * LANES) : nullptr;
+  const Span places = layout.box[2];
+  const int64_t ahead = size[0] * size[1] * size[2];
+  const int64_t begin = std::clamp<int64_t>(0, places.begin, places.end);
+  const int64_t end = std::clamp<int64_t>(size[2], begin, places.end);
+  const int64_t left = begin - places.begin, inner = end - begin, right = places.end - end;
+  float* const line = layout.phases > 1 ? scratch(Slot::line, places.size() + 3 * LANES) : nullptr;
   for (int64_t depth = layout.box[0].begin; depth < layout.box[0].end; ++depth) {
     const int64_t d = source_place(depth, size[0], mode);
     for (int64_t height = layout.box[1].begin; height < layout.box[1].end; ++height, to += layout.row) {
@@ -104,8 +89,17 @@ void load_plane(const T* plane, const int64_t (&size)[3], PaddingMode mode, cons
         zero_fill(to, layout.row);
         continue;
       }
-      load_line(plane + (d * size[1] + h) * size[2], size[2], layout.box[2], mode, ahead, line ? line : to);
-      if (line) split_phases(line, to, width, layout);
+      const T* const row = plane + (d * size[1] + h) * size[2];
+      float* const out = line ? line : to;
+      zero_fill(out, left);
+      widen(row + begin, out + left, inner, ahead);
+      zero_fill(out + left + inner, right);
+      if (mode != PaddingMode::zeros) {
+        for (int64_t i = 0; i < left; ++i) out[i] = to_float(row[source_place(places.begin + i, size[2], mode)]);
+        for (int64_t i = left + inner; i < places.size(); ++i)
+          out[i] = to_float(row[source_place(places.begin + i, size[2], mode)]);
+      }
+      if (line) split_phases(line, to, places.size(), layout);
     }
   }
 }
@@ -140,14 +134,19 @@ void pack_weights(const TapTables& tables, const T* weight, float* packed) {
   for (int64_t i = 0; i < tables.packed(); ++i) packed[i] = to_float(weight[tables.order[i]]);
 }
 
+// Outputs larger than this leave the caches before anyone reads them: lines of floats are written past the caches.
+constexpr int64_t STREAMED_BYTES = 24 * 1024 * 1024;
+
 // Runs tiles into rows of T, `out_step` elements apart, and fetches the memory that the same tiles of the next plane,
 // `ahead` elements on, will write.
 template <class T>
 void correlate_into(const TapTables& tables, const TilePlace& place, const float* source, const float* weights,
-                    const float* bias, T* out, int64_t out_step, int64_t ahead) {
+                    const float* bias, T* out, int64_t out_step, int64_t ahead, bool streams) {
+  streams = streams && std::is_same_v<T, float> && place.all_lanes && out_step == LANES &&
+            reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0;
   correlate_scalar_weights(place.band, tables, place.range,
-                           {source, weights, bias, out, ELEMENT<T>, out_step, ahead, place.lanes, place.all_lanes,
-                            {place.run, LANES, 0, 0, LANES}});
+                           {source, weights, bias, out, ELEMENT<T>, out_step, streams ? 0 : ahead, place.lanes,
+                            place.all_lanes, {place.run, place.run_step, 0, 0, place.run_step}, streams});
 }
 
 // What forward and the weight gradient need to know of one box of outputs.
@@ -219,7 +218,7 @@ struct InputPlan {
 // Writes one phase's places to rows of `layout`, `row` elements apart.
 template <class To>
 void gradient_phase(const ConvShape& shape, const InputPart& part, const GradientPhase& phase, bool line,
-                    const float* grad, const float* weights, To* to, const Layout& layout, int64_t row) {
+                    const float* grad, const float* weights, To* to, const Layout& layout, int64_t row, bool streams) {
   Box targets;
   for (int i = 0; i < 3; ++i) targets[i] = gradient_targets(shape, i, phase.of[i], part.inputs[i]);
   const int64_t plane = layout.box[1].size() * row;
@@ -231,7 +230,7 @@ void gradient_phase(const ConvShape& shape, const InputPart& part, const Gradien
     To* const out = to + d * plane + h * row + w % layout.phases * layout.phase + w / layout.phases;
     const float* const source = grad + source_offset(phase.axes, part.grads, tile);
     correlate_into(phase.tables, tile, source, weights, nullptr, out, band_step,
-                   std::is_same_v<To, float> && layout.phases > 1 ? 0 : shape.in_size());
+                   layout.phases > 1 ? 0 : shape.in_size(), streams);
   });
 }
 
@@ -269,15 +268,16 @@ template <class T>
 void input_gradient(const ConvShape& shape, const InputPlan& plan, const InputPart& part, const T* weight,
                     const float* grad, T* to) {
   const bool direct = shape.stride[2] == 1 && !plan.folds;
+  const bool streams = shape.batch * shape.channels * shape.in_size() * int64_t(sizeof(T)) > STREAMED_BYTES;
   const Layout rows(box_of(shape.in), 1), wide(part.inputs, shape.stride[2]);
   float* const sums = direct ? nullptr : scratch(Slot::wide, wide.floats + LANES);
   for (const GradientPhase& phase : part.phases) {
     float* const weights = scratch(Slot::weights, phase.tables.packed());
     pack_weights(phase.tables, weight, weights);
     if (direct)
-      gradient_phase(shape, part, phase, plan.line, grad, weights, to, rows, shape.in[2]);
+      gradient_phase(shape, part, phase, plan.line, grad, weights, to, rows, shape.in[2], streams);
     else
-      gradient_phase(shape, part, phase, plan.line, grad, weights, sums, wide, wide.row);
+      gradient_phase(shape, part, phase, plan.line, grad, weights, sums, wide, wide.row, false);
   }
   if (plan.folds)
     fold_rows(shape, sums, wide, to);
@@ -294,6 +294,7 @@ void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const
   const OutputPlan plan(shape, parts_of);
   const int64_t parts = int64_t(plan.parts.size());
   const int64_t band_step = plan.line ? LANES : plan.axes[1].period * shape.out[2];
+  const bool streams = shape.batch * shape.output_channels() * shape.out_size() * int64_t(sizeof(T)) > STREAMED_BYTES;
 
   parallel(shape.batch * shape.channels * parts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -310,7 +311,7 @@ void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const
         sweep_rows(plan.axes, part.outputs, plan.line, false, [&](const TilePlace& tile) {
           const int64_t at = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
           const float* const first = source + source_offset(plan.axes, part.sources, tile);
-          correlate_into(part.tables, tile, first, weights, &bias, output + at, band_step, shape.out_size());
+          correlate_into(part.tables, tile, first, weights, &bias, output + at, band_step, shape.out_size(), streams);
         });
       }
     }
@@ -363,7 +364,7 @@ void conv_backward_rows(const ConvShape& shape, const BackwardArgs<T>& args, con
             const int64_t from = source ? source_offset(plan.axes, part.sources, tile) : 0;
             reduce(tile.band, part.tables, tile.range,
                    {source + from, grad + j * grads.floats + at, grad_step, source ? kernel_sums : nullptr,
-                    kernel_sums + packed * LANES, tile.lanes, tile.all_lanes, {tile.run, LANES, 0, 0, LANES}});
+                    kernel_sums + packed * LANES, tile.lanes, tile.all_lanes, {tile.run, tile.run_step, 0, 0, tile.run_step}});
           });
         }
       }

@@ -14,7 +14,8 @@ struct TilePlace {
   Mask lanes;
   bool all_lanes;
   TapRange range;
-  int64_t run;  // tiles of this kind, LANES targets (rows) or one group (channels) apart
+  int64_t run;       // tiles of this kind
+  int64_t run_step;  // targets from one to the next
 };
 
 // Splits `count` targets into as few bands as fit registers, as even as can be.
@@ -50,37 +51,42 @@ void sweep_lanes(Span targets, bool exact, Visit&& visit) {
     visit(targets.end - left, 1, first_lanes(left), false);
 }
 
-// Bands of vectors along the width, under the same two rules.
+// Bands of vectors along the width, under the same two rules: a run of full bands, one of what is left, and the tail.
 template <class Visit>
 void sweep_line(Span targets, bool exact, Visit&& visit) {
-  const int64_t whole = targets.size() / LANES, left = targets.size() % LANES;
-  const bool move_back = !exact && left && whole >= BAND;
-  int64_t first = targets.begin;
-  for_each_band(whole + move_back, [&](int band) {
-    visit(std::min(first, targets.end - band * LANES), band, first_lanes(LANES), true);
-    first += band * LANES;
-  });
-  if (left && !move_back) {
-    if (!exact && whole)
-      visit(targets.end - LANES, 1, first_lanes(LANES), true);
-    else
-      visit(targets.end - left, 1, first_lanes(left), false);
+  const int64_t tail = targets.size() % LANES;
+  const bool move_back = !exact && tail && targets.size() >= BAND * LANES;
+  const int64_t vectors = targets.size() / LANES + move_back;
+  const int64_t full = vectors / BAND, rest = vectors % BAND;
+  const Mask all = first_lanes(LANES);
+  if (full) {
+    const bool moves_last = move_back && rest == 0;
+    if (full > moves_last) visit(targets.begin, BAND, full - moves_last, all, true);
+    if (moves_last) visit(targets.end - BAND * LANES, BAND, 1, all, true);
   }
+  const int64_t first = targets.begin + full * BAND * LANES;
+  if (rest) visit(std::min(first, targets.end - rest * LANES), int(rest), 1, all, true);
+  if (!tail || move_back) return;
+  if (!exact && vectors)
+    visit(targets.end - LANES, 1, 1, all, true);
+  else
+    visit(targets.end - tail, 1, 1, first_lanes(tail), false);
 }
 
 // Rows of a plane: bands of rows with vectors along W, or, in a `line`, bands of vectors along W.
 template <class Visit>
 void sweep_rows(const Axis (&axes)[3], const Box& targets, bool line, bool exact, Visit&& visit) {
   TilePlace tile;
-  tile.range.lane = EVERYWHERE;
+  tile.range.lane = EVERYWHERE, tile.run_step = LANES;
   for (tile.depth = targets[0].begin; tile.depth < targets[0].end; ++tile.depth) {
     tile.range.depth = axes[0].real_taps(tile.depth);
     if (line) {
-      tile.range.places = EVERYWHERE, tile.run = 1;
+      tile.range.places = EVERYWHERE;
       for (tile.height = targets[1].begin; tile.height < targets[1].end; ++tile.height) {
         tile.range.height = axes[1].real_taps(tile.height);
-        sweep_line(targets[2], exact, [&](int64_t width, int band, Mask lanes, bool all_lanes) {
+        sweep_line(targets[2], exact, [&](int64_t width, int band, int64_t run, Mask lanes, bool all_lanes) {
           tile.width = width, tile.band = band, tile.lanes = lanes, tile.all_lanes = all_lanes;
+          tile.run = run, tile.run_step = band * LANES;
           visit(tile);
         });
       }

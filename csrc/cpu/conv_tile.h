@@ -96,6 +96,7 @@ struct CorrelateTile {
   Mask lanes;
   bool all_lanes;
   Run run;
+  bool streams = false;  // floats past the caches, to addresses that are multiples of a vector
 };
 
 template <class T = float>

@@ -58,6 +58,7 @@ ALWAYS_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 ALWAYS_INLINE Vec load(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask, p); }
 ALWAYS_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 ALWAYS_INLINE void store(float* p, Vec v, Mask mask) { _mm512_mask_storeu_ps(p, mask, v); }
+ALWAYS_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
 
 ALWAYS_INLINE Vec widen_bfloat16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -136,6 +137,7 @@ ALWAYS_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 ALWAYS_INLINE Vec load(const float* p, Mask mask) { return _mm256_maskload_ps(p, lanes_of(mask)); }
 ALWAYS_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 ALWAYS_INLINE void store(float* p, Vec v, Mask mask) { _mm256_maskstore_ps(p, lanes_of(mask), v); }
+ALWAYS_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
 
 ALWAYS_INLINE Vec widen(__m128i bits, bfloat16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
