@@ -45,7 +45,7 @@ docs: $(VENV)/built  ## regenerate the tables of the README from committed resul
 
 gpu:  ## acceptance on a GPU: make gpu PYTHON=python3 COMMIT=<sha> [RESULTS=<folder>]
 	@$(PYTHON) -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else 1)' 2>/dev/null \
-	    || { echo "make gpu: the torch of $(PYTHON) sees no GPU, name another with PYTHON=<interpreter>"; exit 1; }
+	    || { echo "make gpu: $(PYTHON) has no torch that sees a GPU, name another with PYTHON=<interpreter>"; exit 1; }
 	$(PYTHON) -m pip install -e . --no-build-isolation --no-deps
 	$(PYTHON) -m pytest -m gpu -n auto
 	$(PYTHON) -m benchmarks conv --quick --device cuda \

@@ -30,6 +30,8 @@ AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 LIBRARIES = {"_cpu_avx2": AVX2, "_cpu_avx512": AVX512, "_cpu_avx512_bf16": f"{AVX512} -mavx512bf16"}
 # Hidden, symbolic, not unique: no inline function of one instruction set may serve another's library.
 COMPILE_FLAGS = "-O3 -g0 -std=c++20 -fno-math-errno -fno-wrapv -fvisibility=hidden -fno-gnu-unique"
+# GCC 12 warns thousands of times of the deliberately undefined vectors in its own headers.
+WARNING_FLAGS = "-Wno-uninitialized -Wno-maybe-uninitialized"
 LINK_FLAGS = "-Wl,-Bsymbolic -Wl,--no-undefined"
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL"
@@ -88,7 +90,7 @@ def libraries() -> list[Extension]:
                 ("PYARCH_NAMESPACE", f"pyarch{name}"),
                 ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
             ],
-            extra_compile_args=[*COMPILE_FLAGS.split(), *flags.split()],
+            extra_compile_args=[*COMPILE_FLAGS.split(), *WARNING_FLAGS.split(), *flags.split()],
             extra_link_args=LINK_FLAGS.split(),
             libraries=["torch_cpu"],
             language="c++",

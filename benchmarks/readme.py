@@ -22,7 +22,7 @@ PASS_TITLES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward + backwa
 
 
 class ReadmeError(ValueError):
-    """A README that cannot be generated: markers that cannot be followed, or facts that are missing here."""
+    """A README that cannot be generated: its markers cannot be followed."""
 
 
 def regenerate(check: bool = False, readme: Path | None = None) -> int:

@@ -64,9 +64,11 @@ class Family:
 
 
 def _not_depthwise(module: nn.Module) -> Obstacle | None:
-    if is_depthwise(module):
-        return None
-    return Obstacle("not-depthwise", "not depthwise (groups != in_channels)")
+    if not is_depthwise(module):
+        return Obstacle("not-depthwise", "not depthwise (groups != in_channels)")
+    if module.in_channels == 1:
+        return Obstacle("not-depthwise", "one input channel: a dense convolution")
+    return None
 
 
 def _nominal_image(module: nn.Module) -> tuple[Tensor, ...]:

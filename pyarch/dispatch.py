@@ -1,9 +1,10 @@
 """Which backend runs a call, and why the others do not.
 
-A `Call` is metadata only (shapes, dtypes, flags, device), so the decision for a GPU can be tested on a machine
-without one. A `Backend` yields every reason for which it cannot run a call (`refusals`), and every measured reason
-for which `auto` should leave the call to a faster one (`concessions`). An `Op` walks its backends in order and takes
-the first that yields nothing. The same texts serve `explain`, errors, skipped tests and the support matrix.
+A `Call` is metadata only (shapes, dtypes, flags, device), so the decision for a GPU can be tested on a
+machine without one. A `Backend` yields every reason for which it cannot run a call (`refusals`), and every
+measured reason for which `auto` should leave the call to a faster one (`concessions`). An `Op` walks its
+backends in order and takes the first that yields nothing. The same texts serve `explain`, errors, skipped
+tests and the support matrix.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def checked_backend(name: str) -> str:
     return name
 
 
-_requested = ContextVar("pyarch_backend", default=checked_backend(os.environ.get("PYARCH_BACKEND") or "auto"))
+_FROM_ENVIRONMENT = checked_backend(os.environ.get("PYARCH_BACKEND") or "auto")
+_requested = ContextVar("pyarch_backend", default=_FROM_ENVIRONMENT)
 
 
 @contextmanager
@@ -71,7 +73,7 @@ def accepts_all(call: Call) -> Reasons:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operator. `target` names the function as "module:function", imported at the first use."""
+    """One way to run an operator; `target` is its function, "module:function", imported at the first use."""
 
     name: str
     target: str

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# Fastest first. Each is built into its own library, pyarch/_cpu_<name>.so; the flags are those of /proc/cpuinfo.
+# Fastest first. Each is built into its own library, pyarch/_cpu_<name>.so; flags as /proc/cpuinfo names them.
 CPU_INSTRUCTION_SETS = {
     "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"},

@@ -19,7 +19,7 @@ from pyarch.report import Table, as_json
 
 DISTRIBUTION = "pyarch-kernels"
 SCHEMA = "pyarch.info/1"
-VARIABLES = ("PYARCH_BACKEND", "PYARCH_CPU_ISA", "PYARCH_BUILD_EXT")
+VARIABLES = ("PYARCH_BACKEND", "PYARCH_CPU_ISA", "PYARCH_BUILD_EXT", "PYARCH_CACHE")
 AVAILABLE = "available"
 
 

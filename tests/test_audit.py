@@ -191,33 +191,25 @@ def test_audit_derives_what_the_runtime_derives():
 
 @triton.jit
 def spill(x_ptr, y_ptr, n, m, COUNT: tl.constexpr):
-    """Hold COUNT tiles over a barrier of loop iterations: more than a thread has registers."""
-    lanes = tl.arange(0, 128)
-    tiles = ()
-    for i in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(x_ptr + i * 128 + lanes),)
+    """Carry COUNT values over a loop: more than the registers of a program's threads hold."""
+    lanes = tl.arange(0, COUNT)
+    values = tl.load(x_ptr + lanes)
     for step in range(m):
-        scale = tl.load(x_ptr + step)
-        for i in tl.static_range(COUNT):
-            tiles = tiles[:i] + (tiles[i] * scale + i,) + tiles[i + 1 :]
-    for i in tl.static_range(COUNT):
-        tl.store(y_ptr + i * 128 + lanes, tiles[i])
+        values = values * tl.load(x_ptr + step) + n
+    tl.store(y_ptr + lanes, values)
 
 
 @pytest.mark.audit
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_audit_flags_a_kernel_that_spills(target, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("target", "warps"), [("sm_90", 4), ("gfx942", 1)])
+def test_audit_flags_a_kernel_that_spills(target, warps, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {name: torch.empty(2**16, dtype=torch.float32, device="meta") for name in ("x_ptr", "y_ptr")}
-    # A thread has 255 registers on NVIDIA GPUs and, with one warp a unit, 512 on AMD's.
-    count = {"sm_90": 300, "gfx942": 700}[target]
-    launch = Launch(
-        spill, 1, pointers | {"n": 7, "m": 9}, {"COUNT": count}, {"num_warps": 4 if target == "sm_90" else 2}
-    )
+    launch = Launch(spill, 1, pointers | {"n": 7, "m": 9}, {"COUNT": 2**16}, {"num_warps": warps})
     facts = audit.TARGETS[target]
-    row = audit_compile.compile_figures(launch, facts.backend, facts.architecture, facts.warp_size)
-    found = audit.problems(row | {"target": target}, Requirement())
+    figures = audit_compile.compile_figures(launch, facts.backend, facts.architecture, facts.warp_size)
+    found = audit.problems(figures | {"target": target}, Requirement())
     assert any(problem.startswith("spills=") for problem in found)
+    assert any(problem.startswith("stack=") for problem in found)
 
 
 @pytest.mark.audit

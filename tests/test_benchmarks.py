@@ -337,7 +337,10 @@ def test_a_refused_backend_becomes_rows_with_the_refusal(tmp_path):
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_keeps_the_finished_rows(tmp_path, ending):
     path = tmp_path / "run.json"
-    arguments = ["--filter", "56^2 fp32", "--budget", "0.01", "--pass", "fwd", "--json", str(path)]
+    # A second for each case: the signal comes long before the last one.
+    arguments = ["--filter", "56^2 fp32", "--budget", "1", "--pass", "fwd", "--json", str(path)]
+    # What a shell starts in the background ignores Ctrl-C, and hands that on to every process it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command(*arguments),
         cwd=ROOT,
@@ -346,6 +349,7 @@ def test_interrupt_keeps_the_finished_rows(tmp_path, ending):
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     finished = next(line for line in process.stderr if line.startswith("[1/"))
     process.send_signal(ending)
     process.communicate(timeout=120)

@@ -89,6 +89,7 @@ CASES = {
     "3x3, 33 channels nhwc": Case((1, 33, 3, 5), (3, 3), padding=1, layout="nhwc"),
     "3x3 nhwc": Case((2, 16, 5, 6), (3, 3), padding=1, layout="nhwc"),
     "3x3, one channel": Case((2, 1, 7, 9), (3, 3), padding=1, bias=False),
+    "3x3, one channel nhwc": Case((2, 1, 7, 8), (3, 3), padding=1, layout="nhwc"),
     "3x3, height 1": Case((2, 2, 1, 9), (3, 3), padding=1),
     "3x3, width 1": Case((2, 2, 9, 1), (3, 3), padding=1),
     "3x3 stride 2": Case((2, 2, 9, 16), (3, 3), stride=2, padding=1),
@@ -111,6 +112,7 @@ CASES = {
     "replicate beyond the size": Case((2, 2, 3), (5,), padding=(4, 5), mode="replicate"),
     "circular": Case((1, 2, 4, 5), (3, 4), padding=(1, 2, 2, 1), mode="circular"),
     "circular by the whole size": Case((2, 2, 6), (4,), padding=6, dilation=2, mode="circular"),
+    "circular, tiles away from the borders": Case((1, 1, 300), (3,), padding=1, mode="circular"),
     "circular, multiplier 2": Case((1, 2, 8), (3,), padding=1, multiplier=2, mode="circular"),
 }
 

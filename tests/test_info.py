@@ -53,7 +53,7 @@ def test_info_shows_variables_and_warns_of_unknown_ones(monkeypatch):
     assert facts.variables["PYARCH_BUILD_EXT"] == "0"
     assert [text for text in facts.warnings if "PYARCH_" in text] == [
         "environment variable PYARCH_SPEED is not one that pyarch reads: PYARCH_BACKEND, PYARCH_CPU_ISA, "
-        "PYARCH_BUILD_EXT"
+        "PYARCH_BUILD_EXT, PYARCH_CACHE"
     ]
     assert "WARNING environment variable PYARCH_SPEED" in str(facts)
 

@@ -11,7 +11,7 @@ from torch import nn
 import pyarch
 from pyarch import models, native
 
-OPERATOR = "conv"
+OPERATOR = "depthwise_conv"
 NAMES = models.names()
 KERNELS = ("cpu", "reference")
 

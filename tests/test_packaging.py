@@ -145,14 +145,6 @@ def test_packaging_libraries_target_the_oldest_torch(build_script):
     assert build_script.TORCH_TARGET_VERSION == "0x020b000000000000ULL"
 
 
-def test_packaging_readme_names_make_targets_that_exist():
-    named = set(
-        re.findall(r"\bmake ([a-z]+)\b(?=`|\n| +#| +[A-Z]+=)", (ROOT / "README.md").read_text("utf-8"))
-    )
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"demo", "test"} <= named <= targets
-
-
 def build_wheel(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Builds a wheel of a copy of this repository, in the copy's dist folder."""
     for folder in ("pyarch", "triton_kernels", "csrc"):

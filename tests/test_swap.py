@@ -55,6 +55,20 @@ def test_swap_runs_the_layers_on_our_operator_and_computes_the_same():
     torch.testing.assert_close(model(x), before)
 
 
+def test_swap_leaves_a_convolution_of_one_channel_alone():
+    """groups == in_channels == 1 holds for every dense convolution of a grey image."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), depthwise())
+    report = pyarch.swap(model)
+    (left,) = report.skipped
+    assert (left.name, left.code, left.reason) == (
+        "0",
+        "not-depthwise",
+        "one input channel: a dense convolution",
+    )
+    assert type(model[0]) is nn.Conv2d and type(model[1]) is pyarch.nn.Conv2d
+    assert "left alone: 1 x torch.nn.Conv2d, one input channel: a dense convolution" in str(report)
+
+
 @pytest.mark.parametrize(
     "stock, ours, dimensions", [(nn.Conv1d, pyarch.nn.Conv1d, 1), (nn.Conv3d, pyarch.nn.Conv3d, 3)]
 )

@@ -31,7 +31,7 @@ transformers = pytest.importorskip(
 
 pytestmark = pytest.mark.thirdparty
 
-OPERATOR = "conv"
+OPERATOR = "depthwise_conv"
 
 
 @dataclass(frozen=True)

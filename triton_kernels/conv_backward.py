@@ -92,9 +92,13 @@ def image_count(
     IMAGES: tl.constexpr, REACH_D: tl.constexpr, REACH_H: tl.constexpr, REACH_W: tl.constexpr,
 ):  # fmt: skip
     """How many images the tile needs: all where a position lies within reach of a border, else one."""
-    near = (d <= REACH_D) | (d >= D - 1 - REACH_D)
-    near = near | (h <= REACH_H) | (h >= H - 1 - REACH_H)
-    near = near | (w <= REACH_W) | (w >= W - 1 - REACH_W)
+    near = w < 0
+    if REACH_D > 0:
+        near = near | (d <= REACH_D) | (d >= D - 1 - REACH_D)
+    if REACH_H > 0:
+        near = near | (h <= REACH_H) | (h >= H - 1 - REACH_H)
+    if REACH_W > 0:
+        near = near | (w <= REACH_W) | (w >= W - 1 - REACH_W)
     return tl.where(tl.max(tl.max(near.to(tl.int32), 1), 0) > 0, IMAGES, 1)
 
 

@@ -131,14 +131,15 @@ def power_of_two_above(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def columns_channels_first(limit: int, image: Image, width: int) -> int:
-    """Columns a strip when columns are adjacent: the most that keep the image's rows aligned, else little
-    waste."""
-    count = limit
-    while count > 1:
-        if width % count == 0 and image.aligned(count, 4):
-            return count
-        count //= 2
+def columns_channels_first(limit: int, images: tuple[Image, ...], width: int) -> int:
+    """Columns a strip when columns are adjacent: the most that align the rows of all images, else of the
+    first; where nothing is aligned, few enough to leave little of the last strip empty."""
+    for aligned in (images, images[:1]):
+        count = limit
+        while count > 1:
+            if all(image.aligned(count, 4) for image in aligned):
+                return count
+            count //= 2
     return min(limit, power_of_two_above(width)) if width <= limit else min(limit, 4)
 
 

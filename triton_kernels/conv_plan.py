@@ -19,7 +19,6 @@ from .conv_backward_split import (
 )
 from .conv_forward import depthwise_conv_forward_kernel
 from .conv_geometry import (
-    CHANNELS,
     MODES,
     SCATTERED,
     WIDTH,
@@ -57,6 +56,18 @@ SUM_BLOCK, SUM_ROWS = 128, 8
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
+def forward_columns(tile: Tile, window: Window, x: Image, y: Image, c_last: bool, vector: int) -> int:
+    """Columns a strip; one where a large stride leaves the columns of a strip nothing to share."""
+    if window.stride[2] > 4:
+        return 1
+    if not c_last:
+        return columns_channels_first(tile.columns, (x, y), y.size[4])
+    if y.strides[4] == 1 and y.size[4] > 1:
+        # Channels are adjacent in x alone: y is written in whole vectors of columns.
+        return columns_channels_first(16 // x.tensor.element_size(), (y,), y.size[4])
+    return columns_channels_last(tile.columns, y.size[4])
+
+
 def plan_forward(
     input: Tensor,
     weight: Tensor,
@@ -74,12 +85,7 @@ def plan_forward(
     layout = "channels_last" if c_last else "channels_first"
     tile = tuning("conv", architecture).tile("forward", layout, 8 * input.element_size(), window.taps)
     vector = vector_of(c_last, channels, input.dtype)
-    if window.stride[2] > 4:
-        columns = 1
-    elif c_last and store_access_of(y, c_last, vector, 2) in (CHANNELS, SCATTERED):
-        columns = columns_channels_last(tile.columns, y.size[4])
-    else:
-        columns = columns_channels_first(16 // input.element_size(), y, y.size[4])
+    columns = forward_columns(tile, window, x, y, c_last, vector)
     group = group_of(tile, window)
 
     x_access, x_count = access_of(x, c_last, vector if multiplier == 1 else 1, columns)
@@ -146,7 +152,7 @@ def backward_columns(tile: Tile, window: Window, c_last: bool, image: Image, wid
     columns = (
         columns_channels_last(tile.columns, width)
         if c_last
-        else columns_channels_first(tile.columns, image, width)
+        else columns_channels_first(tile.columns, (image,), width)
     )
     stride = window.stride[2]
     return max(columns, stride) if stride in (2, 4, 8) else columns

@@ -152,6 +152,13 @@ def zero_columns(ROWS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def whole_vectors(offsets, COUNT: tl.constexpr):
+    """The same offsets, all multiples of COUNT, written so that AMD's compiler keeps the knowledge as
+    well."""
+    return offsets // COUNT * COUNT
+
+
+@triton.jit
 def load_columns(
     base_ptr, row, row_valid, first, size, stride,
     COUNT: tl.constexpr, ACCESS: tl.constexpr, MODE: tl.constexpr,
@@ -165,13 +172,14 @@ def load_columns(
     """
     index, inside = source_index(first, size, MODE)
     valid = row_valid & inside
-    offsets = row + index.to(tl.int64) * stride
     if ACCESS == WIDTH:
+        offsets = whole_vectors(row, COUNT) + index.to(tl.int64)
         wide = offsets[:, :, None] + tl.arange(0, COUNT)[None, None, :]
         pointers = base_ptr + tl.multiple_of(wide, [1, 1, COUNT])
         tile = tl.load(pointers, mask=valid[:, :, None], other=0.0)
         columns = unpack(tile.to(tl.float32), row.shape[0], row.shape[1], COUNT)
     else:
+        offsets = row + index.to(tl.int64) * stride
         if ACCESS == CHANNELS:
             offsets = tl.multiple_of(offsets, [1, 128 // base_ptr.dtype.element_ty.primitive_bitwidth])
         columns = (tl.load(base_ptr + offsets, mask=valid, other=0.0).to(tl.float32),)
@@ -205,6 +213,7 @@ def store_columns(
     ELEMENT: tl.constexpr = base_ptr.dtype.element_ty
     if ACCESS == WIDTH or ACCESS == PACKED:
         number = tl.arange(0, TW)[None, None, :]
+        row = whole_vectors(row, TW) if ACCESS == WIDTH else row
         offsets = (row + first.to(tl.int64))[:, :, None] + number
         if ACCESS == WIDTH:
             offsets = tl.multiple_of(offsets, [1, 1, TW])

@@ -25,8 +25,9 @@ pyarch::PaddingMode padding_mode(const std::string& name) {
 }
 
 // Missing leading dimensions have size 1.
-pyarch::ConvShape shape_of(const Tensor& input, const Tensor& weight, const Tensor& output, const Integers& stride,
-                           const Integers& padding, const Integers& dilation, const std::string& mode) {
+pyarch::ConvShape shape_of(const Tensor& input, const Tensor& weight, const Tensor& output,
+                           const Integers& stride, const Integers& padding, const Integers& dilation,
+                           const std::string& mode) {
   const int dimensions = int(weight.dim()) - 2, missing = 3 - dimensions;
   pyarch::ConvShape shape{};
   shape.batch = input.size(0);
@@ -76,27 +77,29 @@ void with_element_type(const Tensor& tensor, Body&& body) {
 }
 
 void depthwise_conv_forward(const Tensor& output, const Tensor& input, const Tensor& weight,
-                            const std::optional<Tensor>& bias, Integers stride, Integers padding, Integers dilation,
-                            std::string mode, bool channels_last) {
+                            const std::optional<Tensor>& bias, Integers stride, Integers padding,
+                            Integers dilation, std::string mode, bool channels_last) {
   const pyarch::ConvShape shape = shape_of(input, weight, output, stride, padding, dilation, mode);
   with_element_type(input, [&](auto element) {
     using T = decltype(element);
     const pyarch::ForwardArgs<T> args{data<T>(output), data<T>(input), data<T>(weight), data<T>(bias)};
-    (channels_last ? pyarch::conv_forward_channels<T> : pyarch::conv_forward_rows<T>)(shape, args, on_torch_threads);
+    (channels_last ? pyarch::conv_forward_channels<T> : pyarch::conv_forward_rows<T>)(shape, args,
+                                                                                      on_torch_threads);
   });
 }
 
-void depthwise_conv_backward(const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight,
-                             const std::optional<Tensor>& grad_bias, const Tensor& grad_output, const Tensor& input,
-                             const Tensor& weight, Integers stride, Integers padding, Integers dilation,
-                             std::string mode, bool channels_last) {
+void depthwise_conv_backward(const std::optional<Tensor>& grad_input,
+                             const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias,
+                             const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                             Integers stride, Integers padding, Integers dilation, std::string mode,
+                             bool channels_last) {
   const pyarch::ConvShape shape = shape_of(input, weight, grad_output, stride, padding, dilation, mode);
   with_element_type(input, [&](auto element) {
     using T = decltype(element);
     const pyarch::BackwardArgs<T> args{data<T>(grad_input),  data<T>(grad_weight), data<T>(grad_bias),
                                        data<T>(grad_output), data<T>(input),       data<T>(weight)};
     (channels_last ? pyarch::conv_backward_channels<T> : pyarch::conv_backward_rows<T>)(shape, args,
-                                                                                       on_torch_threads);
+                                                                                        on_torch_threads);
   });
 }
 

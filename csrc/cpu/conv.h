@@ -29,7 +29,8 @@ struct ConvShape {
 };
 
 // Calls body(begin, end) on disjoint ranges that cover [0, tasks), from several threads.
-using ParallelFor = std::function<void(int64_t tasks, const std::function<void(int64_t begin, int64_t end)>& body)>;
+using ParallelFor =
+    std::function<void(int64_t tasks, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
 // input and output are contiguous in (N, C, D, H, W) order ("rows") or (N, D, H, W, C) order ("channels");
 // weight is (O, taps); bias is (O) or null.

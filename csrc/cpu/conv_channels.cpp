@@ -69,11 +69,12 @@ void load_box(const T* image, const int64_t (&size)[3], int64_t groups, LanesOf&
   }
 }
 
-TapTables channels_tables(const ConvShape& shape, const Axis (&axes)[3], const Layout& layout, int64_t groups) {
+TapTables channels_tables(const ConvShape& shape, const Axis (&axes)[3], const Layout& layout,
+                          int64_t groups) {
   std::vector<int64_t> group;
   for (int64_t g = 0; g < groups; ++g) group.push_back(g * layout.floats);
-  return tap_tables(group, scaled(axes[0].taps, layout.plane), scaled(axes[1].taps, layout.row), axes[2].taps, NO_TAPS,
-                    axes[2].spacing, LANES, shape.taps());
+  return tap_tables(group, scaled(axes[0].taps, layout.plane), scaled(axes[1].taps, layout.row), axes[2].taps,
+                    NO_TAPS, axes[2].spacing, LANES, shape.taps());
 }
 
 int64_t source_offset(const Axis (&axes)[3], const Layout& layout, const TilePlace& tile) {
@@ -84,13 +85,15 @@ int64_t source_offset(const Axis (&axes)[3], const Layout& layout, const TilePla
 // Runs one tile into places of an image, `out_step` elements apart, fetching the memory that the same tile of the next
 // row, `next_row` elements on, will write. Lanes that lie apart in memory pass through a block of floats.
 template <class T>
-void correlate_into(const TapTables& tables, const TilePlace& place, const float* source, const float* weights,
-                    const float* bias, const Lanes& lanes, T* out, int64_t out_step, int64_t next_row) {
-  CorrelateTile<> tile{source,   weights,      bias, out, ELEMENT<T>, out_step, next_row, lanes.mask(),
-                       lanes.count == LANES, {}};
+void correlate_into(const TapTables& tables, const TilePlace& place, const float* source,
+                    const float* weights, const float* bias, const Lanes& lanes, T* out, int64_t out_step,
+                    int64_t next_row) {
+  CorrelateTile<> tile{
+      source, weights, bias, out, ELEMENT<T>, out_step, next_row, lanes.mask(), lanes.count == LANES, {}};
   if (lanes.step == 1) return correlate_vector_weights(place.band, tables, place.range, tile);
   alignas(64) float block[BAND * LANES];
-  tile.out = block, tile.element = Element::float32, tile.out_step = LANES, tile.all_lanes = true, tile.fetch_out = 0;
+  tile.out = block, tile.element = Element::float32, tile.out_step = LANES, tile.all_lanes = true,
+  tile.fetch_out = 0;
   correlate_vector_weights(place.band, tables, place.range, tile);
   for (int r = 0; r < place.band; ++r) store_place(out + r * out_step, load(block + r * LANES), lanes);
 }
@@ -152,10 +155,11 @@ struct InputPlan {
     for (int64_t d = 0; d < shape.stride[0]; ++d)
       for (int64_t h = 0; h < shape.stride[1]; ++h)
         for (int64_t w = 0; w < shape.stride[2]; ++w) {
-          GradientPhase phase{{d, h, w},
-                              {gradient_axis(shape, 0, d), gradient_axis(shape, 1, h), gradient_axis(shape, 2, w)},
-                              {},
-                              weights};
+          GradientPhase phase{
+              {d, h, w},
+              {gradient_axis(shape, 0, d), gradient_axis(shape, 1, h), gradient_axis(shape, 2, w)},
+              {},
+              weights};
           phase.tables = channels_tables(shape, phase.axes, part.grads, shape.multiplier);
           weights += phase.tables.packed();
           part.phases.push_back(std::move(phase));
@@ -225,14 +229,16 @@ void conv_forward_channels(const ConvShape& shape, const ForwardArgs<T>& args, c
     for (int64_t i = begin * multiplier; i < end * multiplier; ++i) {
       const Lanes lanes = output_lanes(shape, i / multiplier, i % multiplier);
       pack_weights(shape, order, args.weight, i / multiplier, i % multiplier, weights + i * kernel_step);
-      store(weights + i * kernel_step + kernel, args.bias ? load_place(args.bias + lanes.first, lanes) : zero());
+      store(weights + i * kernel_step + kernel,
+            args.bias ? load_place(args.bias + lanes.first, lanes) : zero());
     }
   });
 
   parallel(units * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task / blocks, block = task % blocks;
-      const int64_t first_group = groups * block / blocks, count = groups * (block + 1) / blocks - first_group;
+      const int64_t first_group = groups * block / blocks,
+                    count = groups * (block + 1) / blocks - first_group;
       const OutputPart& part = plan.parts[unit % parts];
       const T* const input = args.input + unit / parts * shape.in_size() * shape.channels;
       T* const output = args.output + unit / parts * shape.out_size() * shape.output_channels();
@@ -244,7 +250,8 @@ void conv_forward_channels(const ConvShape& shape, const ForwardArgs<T>& args, c
         sweep_channels(plan.axes, part.outputs, count, [&](int64_t g, const TilePlace& tile) {
           const Lanes lanes = output_lanes(shape, first_group + g, j);
           const float* const packed = weights + ((first_group + g) * multiplier + j) * kernel_step;
-          const float* const first = source + g * part.sources.floats + source_offset(plan.axes, part.sources, tile);
+          const float* const first =
+              source + g * part.sources.floats + source_offset(plan.axes, part.sources, tile);
           const int64_t place = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
           correlate_into(part.tables, tile, first, packed, packed + kernel, lanes,
                          output + place * lanes.channels + lanes.first, plan.axes[2].period * lanes.channels,
@@ -255,7 +262,8 @@ void conv_forward_channels(const ConvShape& shape, const ForwardArgs<T>& args, c
 }
 
 template <class T>
-void conv_backward_channels(const ConvShape& shape, const BackwardArgs<T>& args, const ParallelFor& parallel) {
+void conv_backward_channels(const ConvShape& shape, const BackwardArgs<T>& args,
+                            const ParallelFor& parallel) {
   if (reads_in_place(shape)) return backward_in_place(shape, args, parallel);
   const int64_t groups = group_count(shape), multiplier = shape.multiplier;
   const int64_t blocks = ceil_div(groups, GROUPS_TOGETHER);
@@ -287,7 +295,8 @@ void conv_backward_channels(const ConvShape& shape, const BackwardArgs<T>& args,
   parallel(stretches * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t stretch = task / blocks, block = task % blocks;
-      const int64_t first_group = groups * block / blocks, count = groups * (block + 1) / blocks - first_group;
+      const int64_t first_group = groups * block / blocks,
+                    count = groups * (block + 1) / blocks - first_group;
       const auto lanes_of = [&](int64_t g) { return input_lanes(shape, first_group + g); };
       float* const block_sums = sums + stretch * all_sums + first_group * multiplier * kernel_sums;
       if (sums) std::memset(block_sums, 0, count * multiplier * kernel_sums * sizeof(float));
@@ -295,18 +304,20 @@ void conv_backward_channels(const ConvShape& shape, const BackwardArgs<T>& args,
         const OutputPart& part = plan.parts[unit % parts];
         const InputPart& input_part = input_plan.parts[unit % parts];
         const Layout& grads = input_part.grads;
-        const T* const grad_output = args.grad_output + unit / parts * shape.out_size() * shape.output_channels();
+        const T* const grad_output =
+            args.grad_output + unit / parts * shape.out_size() * shape.output_channels();
         float* const grad = scratch(Slot::grad, grads.floats * multiplier * count);
         for (int64_t j = 0; j < multiplier; ++j)
           load_box(
-              grad_output, shape.out, count, [&](int64_t g) { return output_lanes(shape, first_group + g, j); },
-              PaddingMode::zeros, grads, grad + j * grads.floats, grads.floats * multiplier);
+              grad_output, shape.out, count,
+              [&](int64_t g) { return output_lanes(shape, first_group + g, j); }, PaddingMode::zeros, grads,
+              grad + j * grads.floats, grads.floats * multiplier);
         if (args.grad_input) {
           const float* const block_weights = weights + first_group * weights_step;
           T* const to = args.grad_input + unit / parts * shape.in_size() * shape.channels;
           if (!input_plan.folds)
-            input_gradient(shape, input_part, count, lanes_of, grad, block_weights, weights_step, box_of(shape.in),
-                           to);
+            input_gradient(shape, input_part, count, lanes_of, grad, block_weights, weights_step,
+                           box_of(shape.in), to);
           for (int64_t g = 0; input_plan.folds && g < count; ++g) {
             const auto alone = [](int64_t) { return Lanes{0, 1, LANES, LANES}; };
             float* const wide = scratch(Slot::wide, Layout(input_part.inputs).floats);
@@ -318,18 +329,25 @@ void conv_backward_channels(const ConvShape& shape, const BackwardArgs<T>& args,
         if (!sums) continue;
         float* const source = args.grad_weight ? scratch(Slot::source, part.sources.floats * count) : nullptr;
         if (source)
-          load_box(args.input + unit / parts * shape.in_size() * shape.channels, shape.in, count, lanes_of, shape.mode,
-                   part.sources, source, part.sources.floats);
+          load_box(args.input + unit / parts * shape.in_size() * shape.channels, shape.in, count, lanes_of,
+                   shape.mode, part.sources, source, part.sources.floats);
         for (int64_t j = 0; j < multiplier; ++j)
           sweep_channels(plan.axes, part.outputs, count, [&](int64_t g, const TilePlace& tile) {
-            const float* const first = grad + (g * multiplier + j) * grads.floats +
-                                       grads.at(tile.depth, tile.height, tile.width);
+            const float* const first =
+                grad + (g * multiplier + j) * grads.floats + grads.at(tile.depth, tile.height, tile.width);
             const float* const from =
-                source ? source + g * part.sources.floats + source_offset(plan.axes, part.sources, tile) : nullptr;
+                source ? source + g * part.sources.floats + source_offset(plan.axes, part.sources, tile)
+                       : nullptr;
             float* const to = block_sums + (g * multiplier + j) * kernel_sums;
             reduce(tile.band, part.tables, tile.range,
-                   {from, first, plan.axes[2].period * LANES, source ? to : nullptr, to + packed * LANES, tile.lanes,
-                    true, {}});
+                   {from,
+                    first,
+                    plan.axes[2].period * LANES,
+                    source ? to : nullptr,
+                    to + packed * LANES,
+                    tile.lanes,
+                    true,
+                    {}});
           });
       }
     }

@@ -50,8 +50,8 @@ inline Lanes input_lanes(const ConvShape& shape, int64_t group) {
 
 // One kernel a lane, in packed order; lanes out of use are zero. `order` may count j as its slowest part.
 template <class T>
-void pack_weights(const ConvShape& shape, const std::vector<int64_t>& order, const T* weight, int64_t group, int64_t j,
-                  float* packed) {
+void pack_weights(const ConvShape& shape, const std::vector<int64_t>& order, const T* weight, int64_t group,
+                  int64_t j, float* packed) {
   const Lanes lanes = output_lanes(shape, group, j);
   const int64_t taps = shape.taps();
   const T* const first = weight + lanes.first * taps;

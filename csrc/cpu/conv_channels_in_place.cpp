@@ -12,8 +12,9 @@
 namespace pyarch {
 namespace {
 
-constexpr int64_t PART_BYTES = 192 * 1024;  // of sources a task: with what it writes, they stay in a second-level cache
-constexpr int64_t RUN_BYTES = 128 * 1024;   // of sources a run of groups reads for one place
+constexpr int64_t PART_BYTES =
+    192 * 1024;  // of sources a task: with what it writes, they stay in a second-level cache
+constexpr int64_t RUN_BYTES = 128 * 1024;  // of sources a run of groups reads for one place
 
 // One kind of target (outputs, or input places of one phase), read from images of `size` places.
 struct Plan {
@@ -46,7 +47,9 @@ struct Plan {
   }
 };
 
-Span part(int64_t size, int64_t index, int64_t parts) { return {size * index / parts, size * (index + 1) / parts}; }
+Span part(int64_t size, int64_t index, int64_t parts) {
+  return {size * index / parts, size * (index + 1) / parts};
+}
 
 // How an image is cut into tasks: rows as many as one band, and along the width until a part's sources stay near and
 // there is work for many threads.
@@ -58,7 +61,8 @@ struct Cut {
     const int64_t column = (BAND + shape.kernel[1]) * shape.channels * int64_t(sizeof(float));
     const int64_t columns = std::max(PART_BYTES / column, 2 * shape.kernel[2]);
     const int64_t tasks = shape.batch * depths * this->heights;
-    this->widths = std::clamp(std::max(ceil_div(widths, columns), ceil_div(TASKS, tasks)), int64_t(1), widths);
+    this->widths =
+        std::clamp(std::max(ceil_div(widths, columns), ceil_div(TASKS, tasks)), int64_t(1), widths);
   }
 
   int64_t parts() const { return depths * heights * widths; }
@@ -67,10 +71,13 @@ struct Cut {
 // Calls visit(first group, groups, tile) for runs of groups at all places of one part of the plan's targets; the groups
 // of a run lie LANES channels apart.
 template <class Visit>
-void sweep_places(const Plan& plan, const Cut& cut, int64_t index, Span all_depths, Span all_heights, Visit&& visit) {
+void sweep_places(const Plan& plan, const Cut& cut, int64_t index, Span all_depths, Span all_heights,
+                  Visit&& visit) {
   const Span widths = part(int64_t(plan.width_taps.size()), index % cut.widths, cut.widths);
-  const Span heights = part(all_heights.size(), index / cut.widths % cut.heights, cut.heights) + all_heights.begin;
-  const Span depths = part(all_depths.size(), index / cut.widths / cut.heights, cut.depths) + all_depths.begin;
+  const Span heights =
+      part(all_heights.size(), index / cut.widths % cut.heights, cut.heights) + all_heights.begin;
+  const Span depths =
+      part(all_depths.size(), index / cut.widths / cut.heights, cut.depths) + all_depths.begin;
   const int64_t groups = ceil_div(plan.channels, LANES), whole = plan.channels / LANES;
   TilePlace tile;
   tile.lanes = first_lanes(LANES), tile.all_lanes = true, tile.range.height = {0, 1};
@@ -96,10 +103,19 @@ int64_t first_channel(const ConvShape& shape, int64_t group) {
 // Runs the tiles of some groups into an image, `out_step` elements between rows.
 template <class T>
 void correlate_places(const TapTables& tables, const TilePlace& place, int64_t groups, const T* source,
-                      const float* weights, int64_t weights_step, const float* bias, T* out, int64_t out_step) {
+                      const float* weights, int64_t weights_step, const float* bias, T* out,
+                      int64_t out_step) {
   correlate_vector_weights<T>(place.band, tables, place.range,
-                              {source, weights, bias, out, ELEMENT<T>, out_step, 0,
-                               place.lanes, true, {groups, LANES, weights_step, weights_step, LANES}});
+                              {source,
+                               weights,
+                               bias,
+                               out,
+                               ELEMENT<T>,
+                               out_step,
+                               0,
+                               place.lanes,
+                               true,
+                               {groups, LANES, weights_step, weights_step, LANES}});
 }
 
 template <class T>
@@ -140,7 +156,8 @@ void forward_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const 
                    [&](int64_t group, int64_t count, const TilePlace& tile) {
                      const int64_t first = first_channel(shape, group);
                      const float* const packed = weights + group * (kernel + LANES);
-                     T* const out = output + (tile.depth * shape.out[1] + tile.height) * row + tile.width * channels;
+                     T* const out =
+                         output + (tile.depth * shape.out[1] + tile.height) * row + tile.width * channels;
                      correlate_places(plan.tables, tile, count, input + plan.offset(tile) + first, packed,
                                       kernel + LANES, packed + kernel, out + first, band_step);
                    });
@@ -165,10 +182,11 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
   for (int64_t d = 0; args.grad_input && d < shape.stride[0]; ++d)
     for (int64_t h = 0; h < shape.stride[1]; ++h)
       for (int64_t w = 0; w < shape.stride[2]; ++w) {
-        phases.push_back({{d, h, w},
-                          {shape, gradient_axis(shape, 0, d), gradient_axis(shape, 1, h), gradient_axis(shape, 2, w),
-                           shape.out, gradient_targets(shape, 2, w, {0, shape.in[2]})},
-                          kernel});
+        phases.push_back(
+            {{d, h, w},
+             {shape, gradient_axis(shape, 0, d), gradient_axis(shape, 1, h), gradient_axis(shape, 2, w),
+              shape.out, gradient_targets(shape, 2, w, {0, shape.in[2]})},
+             kernel});
         kernel += phases.back().plan.tables.packed() * LANES;
       }
   float* const weights = scratch(Slot::shared_weights, groups * kernel);
@@ -196,13 +214,16 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
         for (const Phase& phase : phases) {
           const Span planes = gradient_targets(shape, 0, phase.of[0], {0, shape.in[0]});
           const Span rows = gradient_targets(shape, 1, phase.of[1], {0, shape.in[1]});
-          const int64_t row = shape.in[2] * channels, band_step = phase.plan.axes[1].period * shape.stride[1] * row;
-          sweep_places(phase.plan, cut, index, planes, rows, [&](int64_t group, int64_t count, const TilePlace& tile) {
+          const int64_t row = shape.in[2] * channels,
+                        band_step = phase.plan.axes[1].period * shape.stride[1] * row;
+          sweep_places(phase.plan, cut, index, planes, rows,
+                       [&](int64_t group, int64_t count, const TilePlace& tile) {
                          const int64_t first = first_channel(shape, group);
                          const int64_t d = gradient_place(shape, 0, phase.of[0], tile.depth);
                          const int64_t h = gradient_place(shape, 1, phase.of[1], tile.height);
                          const int64_t w = gradient_place(shape, 2, phase.of[2], tile.width);
-                         correlate_places(phase.plan.tables, tile, count, grad_output + phase.plan.offset(tile) + first,
+                         correlate_places(phase.plan.tables, tile, count,
+                                          grad_output + phase.plan.offset(tile) + first,
                                           weights + group * kernel + phase.first_weight, kernel, nullptr,
                                           to + (d * shape.in[1] + h) * row + w * channels + first, band_step);
                        });
@@ -213,13 +234,18 @@ void backward_in_place(const ConvShape& shape, const BackwardArgs<T>& args, cons
         sweep_places(outputs, cut, index, {0, shape.out[0]}, {0, shape.out[1]},
                      [&](int64_t group, int64_t count, const TilePlace& tile) {
                        const int64_t first = first_channel(shape, group);
-                       const int64_t place = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
+                       const int64_t place =
+                           (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
                        float* const group_sums = own_sums + group * sums_a_group;
                        reduce_in_place<T>(tile.band, outputs.tables, tile.range,
-                                 {input + outputs.offset(tile) + first, grad_output + place * channels + first,
-                                  grad_step, args.grad_weight ? group_sums : nullptr,
-                                  group_sums + packed * LANES, tile.lanes, true,
-                                  {count, LANES, sums_a_group, 0, LANES}});
+                                          {input + outputs.offset(tile) + first,
+                                           grad_output + place * channels + first,
+                                           grad_step,
+                                           args.grad_weight ? group_sums : nullptr,
+                                           group_sums + packed * LANES,
+                                           tile.lanes,
+                                           true,
+                                           {count, LANES, sums_a_group, 0, LANES}});
                      });
       }
     }

@@ -5,7 +5,8 @@ namespace pyarch {
 namespace {
 
 template <int R, int K, bool PADS, class T>
-ALWAYS_INLINE void correlate_chunk(Vec (&sums)[R], const T* source, int64_t step, Span real, const Vec (&weights)[K]) {
+ALWAYS_INLINE void correlate_chunk(Vec (&sums)[R], const T* source, int64_t step, Span real,
+                                   const Vec (&weights)[K]) {
   unrolled<R + K - 1>([&](auto index) __attribute__((always_inline)) {
     constexpr int at = visited(index, R + K - 1);
     const T* const place = source + at * step;
@@ -64,10 +65,12 @@ __attribute__((noinline)) void correlate_band(const TapTables& taps, const TapRa
               const Span lanes = range.lane.within(chunk->lane);
               const float* lane_weights =
                   weights + (chunk->weight + (lanes.begin - chunk->lane.begin) * chunk->step) * WIDTH;
-              for (int64_t lane = lanes.begin; lane < lanes.end; ++lane, lane_weights += chunk->step * WIDTH) {
+              for (int64_t lane = lanes.begin; lane < lanes.end;
+                   ++lane, lane_weights += chunk->step * WIDTH) {
                 Vec held[K];
                 unrolled<K>([&](auto k) { held[k] = weight_at(lane_weights + k * WIDTH); });
-                correlate_chunk<R, K, VECTOR_WEIGHTS>(sums, source + chunk->source + taps.lane[lane], step, real, held);
+                correlate_chunk<R, K, VECTOR_WEIGHTS>(sums, source + chunk->source + taps.lane[lane], step,
+                                                      real, held);
               }
             }
           });
@@ -93,17 +96,20 @@ __attribute__((noinline)) void correlate_band(const TapTables& taps, const TapRa
 
 }  // namespace
 
-void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<>& tile) {
+void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range,
+                              const CorrelateTile<>& tile) {
   with_band(band, [&](auto size) { correlate_band<size, false>(taps, range, tile); });
 }
 
 template <class T>
-void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<T>& tile) {
+void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range,
+                              const CorrelateTile<T>& tile) {
   with_band(band, [&](auto size) { correlate_band<size, true>(taps, range, tile); });
 }
 
 template void correlate_vector_weights(int, const TapTables&, const TapRange&, const CorrelateTile<float>&);
-template void correlate_vector_weights(int, const TapTables&, const TapRange&, const CorrelateTile<bfloat16>&);
+template void correlate_vector_weights(int, const TapTables&, const TapRange&,
+                                       const CorrelateTile<bfloat16>&);
 template void correlate_vector_weights(int, const TapTables&, const TapRange&, const CorrelateTile<float16>&);
 
 }  // namespace pyarch

@@ -31,7 +31,8 @@ std::vector<std::vector<size_t>> chunked_runs(const Taps& taps, int64_t spacing)
     }
     const size_t pieces = (run.size() + CHUNK - 1) / CHUNK;
     for (size_t piece = 0; piece < pieces; ++piece)
-      chunks.emplace_back(run.begin() + run.size() * piece / pieces, run.begin() + run.size() * (piece + 1) / pieces);
+      chunks.emplace_back(run.begin() + run.size() * piece / pieces,
+                          run.begin() + run.size() * (piece + 1) / pieces);
   }
   std::stable_sort(chunks.begin(), chunks.end(), [](auto& a, auto& b) { return a.size() < b.size(); });
   return chunks;
@@ -76,8 +77,13 @@ Span Axis::real_places(int64_t target) const {
 Axis forward_axis(const ConvShape& shape, int dimension) {
   const int64_t stride = shape.stride[dimension], dilation = shape.dilation[dimension];
   const int64_t spacing = std::lcm(dilation, stride);
-  Axis axis{{}, stride, -shape.before[dimension], shape.in[dimension], shape.mode == PaddingMode::zeros,
-            spacing, spacing / stride};
+  Axis axis{{},
+            stride,
+            -shape.before[dimension],
+            shape.in[dimension],
+            shape.mode == PaddingMode::zeros,
+            spacing,
+            spacing / stride};
   for (int64_t k = 0; k < shape.kernel[dimension]; ++k)
     axis.taps.push_back({k * tap_number_step(shape, dimension), k * dilation});
   return axis;
@@ -106,7 +112,8 @@ Span gradient_sources(const ConvShape& shape, int dimension, Span inputs) {
 }
 
 TapTables tap_tables(std::vector<int64_t> group, const Taps& depth, const Taps& height, const Taps& band,
-                     const Taps& lane, int64_t spacing, int64_t band_unit, int64_t taps_a_group, bool merges) {
+                     const Taps& lane, int64_t spacing, int64_t band_unit, int64_t taps_a_group,
+                     bool merges) {
   TapTables tables;
   tables.group = std::move(group);
   tables.spacing = spacing;
@@ -129,7 +136,8 @@ TapTables tap_tables(std::vector<int64_t> group, const Taps& depth, const Taps& 
   for (size_t g = 0; g < tables.group.size(); ++g)
     for (const Tap& d : depth)
       for (const Tap& h : height)
-        for (int64_t tap : inner) tables.order.push_back(int64_t(g) * taps_a_group + d.number + h.number + tap);
+        for (int64_t tap : inner)
+          tables.order.push_back(int64_t(g) * taps_a_group + d.number + h.number + tap);
   return tables;
 }
 

@@ -38,9 +38,10 @@ using Taps = std::vector<Tap>;
 struct Axis {
   Taps taps;
   int64_t step, offset;
-  int64_t sources;          // places [0, sources) are real, all others padding
-  bool padding_is_zero;     // then taps on padding may be skipped
-  int64_t spacing, period;  // in a band, neighbours lie `spacing` sources and `period` targets apart and share sources
+  int64_t sources;       // places [0, sources) are real, all others padding
+  bool padding_is_zero;  // then taps on padding may be skipped
+  int64_t spacing,
+      period;  // in a band, neighbours lie `spacing` sources and `period` targets apart and share sources
 
   int64_t first_source(int64_t target) const { return target * step + offset; }
   Span sources_of(Span targets) const;
@@ -70,13 +71,16 @@ Span gradient_sources(const ConvShape& shape, int dimension, Span inputs);
 
 // The input places that are read, padding included.
 inline Span padded_places(const ConvShape& shape, int dimension) {
-  return forward_axis(shape, dimension).sources_of({0, shape.out[dimension]}).united({0, shape.in[dimension]});
+  return forward_axis(shape, dimension)
+      .sources_of({0, shape.out[dimension]})
+      .united({0, shape.in[dimension]});
 }
 
 // `depth`, `height` and `lane` hold offsets in elements, `band` places of `band_unit` elements each. `merges` makes chunks
 // that begin at different places into lane taps of one; then no chunk can be skipped.
 TapTables tap_tables(std::vector<int64_t> group, const Taps& depth, const Taps& height, const Taps& band,
-                     const Taps& lane, int64_t spacing, int64_t band_unit, int64_t taps_a_group, bool merges = false);
+                     const Taps& lane, int64_t spacing, int64_t band_unit, int64_t taps_a_group,
+                     bool merges = false);
 
 inline const Taps NO_TAPS = {{0, 0}};
 Taps scaled(Taps taps, int64_t unit);

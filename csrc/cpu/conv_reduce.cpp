@@ -33,7 +33,8 @@ ALWAYS_INLINE void reduce_chunk(const Vec (&grad)[R], float* grad_weights, Load&
 
 // Lanes beyond the output must not be read from the source either: a NaN there would survive its zero gradient.
 template <int R, bool ALL_LANES, bool PADS, class T>
-__attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange& range, const ReduceTile<T>& tile) {
+__attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange& range,
+                                           const ReduceTile<T>& tile) {
   const auto load_lanes = [&](const T* p) __attribute__((always_inline)) {
     if constexpr (ALL_LANES)
       return load(p);
@@ -65,7 +66,8 @@ __attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange
             const Span real = range.real_sources(*chunk, taps.spacing);
             if (real.begin >= R + K - 1 || real.end <= 0) continue;
             const Span lanes = range.lane.within(chunk->lane);
-            float* lane_sums = sums + (chunk->weight + (lanes.begin - chunk->lane.begin) * chunk->step) * LANES;
+            float* lane_sums =
+                sums + (chunk->weight + (lanes.begin - chunk->lane.begin) * chunk->step) * LANES;
             for (int64_t lane = lanes.begin; lane < lanes.end; ++lane, lane_sums += chunk->step * LANES) {
               const T* const first = source + chunk->source + taps.lane[lane];
               reduce_chunk<R, K>(grad, lane_sums, [&](auto at) __attribute__((always_inline)) {

@@ -15,8 +15,7 @@ struct Layout {
   Span box[3];
   int64_t phases, phase, row, plane, floats;
 
-  Layout(const Box& places, int64_t phases)
-      : box{places[0], places[1], places[2]}, phases(phases) {
+  Layout(const Box& places, int64_t phases) : box{places[0], places[1], places[2]}, phases(phases) {
     phase = round_up(ceil_div(box[2].size(), phases), LANES) + (phases > 1 ? LANES : 0);
     row = phases * phase;
     plane = box[1].size() * row;
@@ -49,7 +48,8 @@ void narrow(const float* from, T* to, int64_t count) {
 
 void split_phases(const float* line, float* to, int64_t count, const Layout& layout) {
   if (layout.phases == 2) {
-    for (int64_t i = 0; i < count; i += 2 * LANES) deinterleave(line + i, to + i / 2, to + layout.phase + i / 2);
+    for (int64_t i = 0; i < count; i += 2 * LANES)
+      deinterleave(line + i, to + i / 2, to + layout.phase + i / 2);
     return;
   }
   for (int64_t i = 0; i < count; ++i) to[i % layout.phases * layout.phase + i / layout.phases] = line[i];
@@ -95,7 +95,8 @@ void load_plane(const T* plane, const int64_t (&size)[3], PaddingMode mode, cons
       widen(row + begin, out + left, inner, ahead);
       zero_fill(out + left + inner, right);
       if (mode != PaddingMode::zeros) {
-        for (int64_t i = 0; i < left; ++i) out[i] = to_float(row[source_place(places.begin + i, size[2], mode)]);
+        for (int64_t i = 0; i < left; ++i)
+          out[i] = to_float(row[source_place(places.begin + i, size[2], mode)]);
         for (int64_t i = left + inner; i < places.size(); ++i)
           out[i] = to_float(row[source_place(places.begin + i, size[2], mode)]);
       }
@@ -114,7 +115,8 @@ Taps lane_taps(const Axis& axis, const Layout& layout) {
 }
 
 // Tables over sources laid out by `layout`; `groups` planes of them when several outputs share an input channel.
-TapTables rows_tables(const ConvShape& shape, const Axis (&axes)[3], const Layout& layout, bool line, int64_t groups) {
+TapTables rows_tables(const ConvShape& shape, const Axis (&axes)[3], const Layout& layout, bool line,
+                      int64_t groups) {
   std::vector<int64_t> group;
   for (int64_t g = 0; g < groups; ++g) group.push_back(g * layout.floats);
   const Taps depth = scaled(axes[0].taps, layout.plane), width = lane_taps(axes[2], layout);
@@ -140,13 +142,23 @@ constexpr int64_t STREAMED_BYTES = 24 * 1024 * 1024;
 // Runs tiles into rows of T, `out_step` elements apart, and fetches the memory that the same tiles of the next plane,
 // `ahead` elements on, will write.
 template <class T>
-void correlate_into(const TapTables& tables, const TilePlace& place, const float* source, const float* weights,
-                    const float* bias, T* out, int64_t out_step, int64_t ahead, bool streams) {
+void correlate_into(const TapTables& tables, const TilePlace& place, const float* source,
+                    const float* weights, const float* bias, T* out, int64_t out_step, int64_t ahead,
+                    bool streams) {
   streams = streams && std::is_same_v<T, float> && place.all_lanes && out_step == LANES &&
             reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0;
   correlate_scalar_weights(place.band, tables, place.range,
-                           {source, weights, bias, out, ELEMENT<T>, out_step, streams ? 0 : ahead, place.lanes,
-                            place.all_lanes, {place.run, place.run_step, 0, 0, place.run_step}, streams});
+                           {source,
+                            weights,
+                            bias,
+                            out,
+                            ELEMENT<T>,
+                            out_step,
+                            streams ? 0 : ahead,
+                            place.lanes,
+                            place.all_lanes,
+                            {place.run, place.run_step, 0, 0, place.run_step},
+                            streams});
 }
 
 // What forward and the weight gradient need to know of one box of outputs.
@@ -162,7 +174,8 @@ struct OutputPlan {
   std::vector<OutputPart> parts;
 
   OutputPlan(const ConvShape& shape, const int64_t (&parts_of)[3])
-      : axes{forward_axis(shape, 0), forward_axis(shape, 1), forward_axis(shape, 2)}, line(prefers_line(shape)) {
+      : axes{forward_axis(shape, 0), forward_axis(shape, 1), forward_axis(shape, 2)},
+        line(prefers_line(shape)) {
     for (int64_t i = 0; i < parts_of[0] * parts_of[1] * parts_of[2]; ++i) {
       const Box outputs = part_of(shape.out, parts_of, i);
       const Layout sources(sources_of(axes, outputs), shape.stride[2]);
@@ -190,7 +203,8 @@ struct InputPlan {
   std::vector<InputPart> parts;
 
   InputPlan(const ConvShape& shape, const OutputPlan& outputs, const int64_t (&parts_of)[3], bool wanted)
-      : line(shape.in[1] / shape.stride[1] < 4 || shape.kernel[1] == 1), folds(shape.mode != PaddingMode::zeros) {
+      : line(shape.in[1] / shape.stride[1] < 4 || shape.kernel[1] == 1),
+        folds(shape.mode != PaddingMode::zeros) {
     for (size_t i = 0; i < outputs.parts.size(); ++i) {
       Box inputs = part_of(shape.in, parts_of, int64_t(i)), grads = outputs.parts[i].outputs;
       for (int dimension = 0; wanted && dimension < 3; ++dimension) {
@@ -208,7 +222,9 @@ struct InputPlan {
       for (int64_t h = 0; h < shape.stride[1]; ++h)
         for (int64_t w = 0; w < shape.stride[2]; ++w) {
           GradientPhase phase{
-              {d, h, w}, {gradient_axis(shape, 0, d), gradient_axis(shape, 1, h), gradient_axis(shape, 2, w)}, {}};
+              {d, h, w},
+              {gradient_axis(shape, 0, d), gradient_axis(shape, 1, h), gradient_axis(shape, 2, w)},
+              {}};
           phase.tables = rows_tables(shape, phase.axes, part.grads, line, shape.multiplier);
           part.phases.push_back(std::move(phase));
         }
@@ -218,7 +234,8 @@ struct InputPlan {
 // Writes one phase's places to rows of `layout`, `row` elements apart.
 template <class To>
 void gradient_phase(const ConvShape& shape, const InputPart& part, const GradientPhase& phase, bool line,
-                    const float* grad, const float* weights, To* to, const Layout& layout, int64_t row, bool streams) {
+                    const float* grad, const float* weights, To* to, const Layout& layout, int64_t row,
+                    bool streams) {
   Box targets;
   for (int i = 0; i < 3; ++i) targets[i] = gradient_targets(shape, i, phase.of[i], part.inputs[i]);
   const int64_t plane = layout.box[1].size() * row;
@@ -258,7 +275,8 @@ void fold_rows(const ConvShape& shape, const float* sums, const Layout& wide, T*
       const int64_t d = source_place(depth, shape.in[0], shape.mode);
       const int64_t h = source_place(height, shape.in[1], shape.mode);
       float* const row = folded + (d * shape.in[1] + h) * shape.in[2];
-      for (int64_t w = 0; w < width.size(); ++w) row[source_place(width.begin + w, shape.in[2], shape.mode)] += line[w];
+      for (int64_t w = 0; w < width.size(); ++w)
+        row[source_place(width.begin + w, shape.in[2], shape.mode)] += line[w];
     }
   narrow(folded, to, shape.in_size());
 }
@@ -294,7 +312,8 @@ void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const
   const OutputPlan plan(shape, parts_of);
   const int64_t parts = int64_t(plan.parts.size());
   const int64_t band_step = plan.line ? LANES : plan.axes[1].period * shape.out[2];
-  const bool streams = shape.batch * shape.output_channels() * shape.out_size() * int64_t(sizeof(T)) > STREAMED_BYTES;
+  const bool streams =
+      shape.batch * shape.output_channels() * shape.out_size() * int64_t(sizeof(T)) > STREAMED_BYTES;
 
   parallel(shape.batch * shape.channels * parts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -311,7 +330,8 @@ void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const
         sweep_rows(plan.axes, part.outputs, plan.line, false, [&](const TilePlace& tile) {
           const int64_t at = (tile.depth * shape.out[1] + tile.height) * shape.out[2] + tile.width;
           const float* const first = source + source_offset(plan.axes, part.sources, tile);
-          correlate_into(part.tables, tile, first, weights, &bias, output + at, band_step, shape.out_size(), streams);
+          correlate_into(part.tables, tile, first, weights, &bias, output + at, band_step, shape.out_size(),
+                         streams);
         });
       }
     }
@@ -350,12 +370,14 @@ void conv_backward_rows(const ConvShape& shape, const BackwardArgs<T>& args, con
           load_plane(args.grad_output + (plane * shape.multiplier + j) * shape.out_size(), shape.out,
                      PaddingMode::zeros, grads, grad + j * grads.floats);
         if (args.grad_input)
-          input_gradient(shape, input_plan, input_part, args.weight + channel * shape.multiplier * shape.taps(), grad,
+          input_gradient(shape, input_plan, input_part,
+                         args.weight + channel * shape.multiplier * shape.taps(), grad,
                          args.grad_input + plane * shape.in_size());
         if (!sums_weights) continue;
 
         float* const source = args.grad_weight ? scratch(Slot::source, part.sources.floats) : nullptr;
-        if (source) load_plane(args.input + plane * shape.in_size(), shape.in, shape.mode, part.sources, source);
+        if (source)
+          load_plane(args.input + plane * shape.in_size(), shape.in, shape.mode, part.sources, source);
         const int64_t grad_step = plan.line ? LANES : plan.axes[1].period * grads.row;
         for (int64_t j = 0; j < shape.multiplier; ++j) {
           float* const kernel_sums = sums + j * sums_a_kernel;
@@ -363,8 +385,14 @@ void conv_backward_rows(const ConvShape& shape, const BackwardArgs<T>& args, con
             const int64_t at = grads.at_row(tile.depth, tile.height) + tile.width - grads.box[2].begin;
             const int64_t from = source ? source_offset(plan.axes, part.sources, tile) : 0;
             reduce(tile.band, part.tables, tile.range,
-                   {source + from, grad + j * grads.floats + at, grad_step, source ? kernel_sums : nullptr,
-                    kernel_sums + packed * LANES, tile.lanes, tile.all_lanes, {tile.run, tile.run_step, 0, 0, tile.run_step}});
+                   {source + from,
+                    grad + j * grads.floats + at,
+                    grad_step,
+                    source ? kernel_sums : nullptr,
+                    kernel_sums + packed * LANES,
+                    tile.lanes,
+                    tile.all_lanes,
+                    {tile.run, tile.run_step, 0, 0, tile.run_step}});
           });
         }
       }

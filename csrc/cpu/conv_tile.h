@@ -132,9 +132,11 @@ ALWAYS_INLINE void with_band(int band, Visit&& visit) {
 
 // `band` outputs, 1 <= band <= BAND. Vector weights have one value a lane, scalar weights one for all lanes. With vector
 // weights, and in `reduce_in_place`, sources outside range.places are padding: zeros stand in for them.
-void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<>& tile);
+void correlate_scalar_weights(int band, const TapTables& taps, const TapRange& range,
+                              const CorrelateTile<>& tile);
 template <class T>
-void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range, const CorrelateTile<T>& tile);
+void correlate_vector_weights(int band, const TapTables& taps, const TapRange& range,
+                              const CorrelateTile<T>& tile);
 void reduce(int band, const TapTables& taps, const TapRange& range, const ReduceTile<>& tile);
 template <class T>
 void reduce_in_place(int band, const TapTables& taps, const TapRange& range, const ReduceTile<T>& tile);

@@ -36,8 +36,7 @@ template <int Count, class Body>
 ALWAYS_INLINE void unrolled(Body&& body) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
     (body(std::integral_constant<int, I>{}), ...);
-  }
-  (std::make_integer_sequence<int, Count>{});
+  }(std::make_integer_sequence<int, Count>{});
 }
 
 #if defined(__AVX512F__)
@@ -66,11 +65,15 @@ ALWAYS_INLINE Vec widen_bfloat16(__m256i bits) {
 ALWAYS_INLINE Vec load(const bfloat16* p) {
   return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-ALWAYS_INLINE Vec load(const bfloat16* p, Mask mask) { return widen_bfloat16(_mm256_maskz_loadu_epi16(mask, p)); }
+ALWAYS_INLINE Vec load(const bfloat16* p, Mask mask) {
+  return widen_bfloat16(_mm256_maskz_loadu_epi16(mask, p));
+}
 ALWAYS_INLINE Vec load(const float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-ALWAYS_INLINE Vec load(const float16* p, Mask mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)); }
+ALWAYS_INLINE Vec load(const float16* p, Mask mask) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
+}
 
 ALWAYS_INLINE __m256i narrow_bfloat16(Vec v) {
 #if defined(__AVX512BF16__)
@@ -88,11 +91,15 @@ ALWAYS_INLINE __m256i narrow_float16(Vec v) { return _mm512_cvtps_ph(v, _MM_FROU
 ALWAYS_INLINE void store(bfloat16* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(v));
 }
-ALWAYS_INLINE void store(bfloat16* p, Vec v, Mask mask) { _mm256_mask_storeu_epi16(p, mask, narrow_bfloat16(v)); }
+ALWAYS_INLINE void store(bfloat16* p, Vec v, Mask mask) {
+  _mm256_mask_storeu_epi16(p, mask, narrow_bfloat16(v));
+}
 ALWAYS_INLINE void store(float16* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_float16(v));
 }
-ALWAYS_INLINE void store(float16* p, Vec v, Mask mask) { _mm256_mask_storeu_epi16(p, mask, narrow_float16(v)); }
+ALWAYS_INLINE void store(float16* p, Vec v, Mask mask) {
+  _mm256_mask_storeu_epi16(p, mask, narrow_float16(v));
+}
 
 // Elements 0, 2, 4 ... and 1, 3, 5 ... of 2 * LANES floats, and back.
 ALWAYS_INLINE void deinterleave(const float* p, float* even, float* odd) {

@@ -1,7 +1,8 @@
 """Conv1d, Conv2d and Conv3d that run depthwise calls (groups == in_channels) on pyarch's kernels.
 
-Constructor, parameters, state_dict, repr, errors and results are torch's; a layer that is not depthwise computes as
-its stock class does. The weight is read at every call, so parametrizations, weight_norm and functional_call work.
+Constructor, parameters, state_dict, repr, errors and results are torch's; a layer that is not depthwise
+computes as its stock class does. The weight is read at every call, so parametrizations, weight_norm and
+functional_call work.
 """
 
 from __future__ import annotations

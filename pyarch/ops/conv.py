@@ -1,13 +1,12 @@
 """Depthwise convolution, 1-D to 3-D: checks, backends, registration, autograd, public function.
 
 The public function hands whatever no kernel of ours computes (float64, complex, forward-mode and functorch
-transforms, bad input) to torch's own operator, whose results and error texts are then the user's. Everything else
-becomes one opaque operator for torch.compile, inside which the backend is chosen.
+transforms, bad input) to torch's own operator, whose results and error texts are then the user's. Everything
+else becomes one opaque operator for torch.compile, inside which the backend is chosen.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,14 +17,14 @@ from torch.autograd import forward_ad
 
 from pyarch import hardware, native
 from pyarch.dispatch import Backend, Op, Reasons, Verdict, accepts_all, requested_backend
-from pyarch.ops.conv_torch import convolve_stock
+from pyarch.ops.conv_torch import convolve_pairs, convolve_stock
 from pyarch.reference.conv import memory_format, output_sizes
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-# ---------------------------------------------------------------------------------------------- metadata of a call
+# -------------------------------------------------------------------------------- metadata of a call
 
 
 class ConvCall(NamedTuple):
@@ -52,14 +51,6 @@ class ConvCall(NamedTuple):
         return output_sizes(self.input_shape[2:], self.kernel, self.stride, self.padding, self.dilation)
 
 
-def is_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """Whether torch gives this convolution's output in channels-last order: input or weight is in it."""
-    if input.dim() == 3:
-        return False
-    looks = _looks_channels_last if torch.compiler.is_compiling() else _looks_channels_last_cached
-    return looks(input.shape, input.stride()) or looks(weight.shape, weight.stride())
-
-
 def _looks_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """torch's own rule for strides: ascending over channels, innermost to outermost position, batch."""
     smallest = 0
@@ -72,10 +63,16 @@ def _looks_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return stride[1] != 0
 
 
-_looks_channels_last_cached = lru_cache(maxsize=4096)(_looks_channels_last)
+def is_channels_last(input: Tensor, weight: Tensor, looks=_looks_channels_last) -> bool:
+    """Whether torch gives this convolution's output in channels-last order: input or weight is in it."""
+    return input.dim() != 3 and (looks(input.shape, input.stride()) or looks(weight.shape, weight.stride()))
 
 
-# ---------------------------------------------------------------------------------------------- backends
+# For tensors of a real call, whose sizes are plain integers; traced ones are symbols that cannot be hashed.
+_remembered_looks = lru_cache(maxsize=4096)(_looks_channels_last)
+
+
+# -------------------------------------------------------------------------------- backends
 
 
 def _triton_refusals(call: ConvCall) -> Reasons:
@@ -96,6 +93,19 @@ def _cpu_refusals(call: ConvCall) -> Reasons:
     elif native.serving()[0] is None:
         yield native.serving()[1]
     yield from _dtype_refusals(call)
+
+
+def _torch_backward_refusals(call: ConvCall) -> Reasons:
+    # oneDNN's kernel for this case, seen from a width of about 30 on, leaves parts of the gradient unwritten.
+    wrong_layout = call.channels_last and len(call.kernel) == 2 and call.dtype == torch.bfloat16
+    if (
+        call.device == "cpu"
+        and wrong_layout
+        and call.dilation[0] > 1
+        and call.stride[0] == 1
+        and call.needs[1]
+    ):
+        yield "torch 2.13 gives wrong bfloat16 weight gradients for channels_last with dilated rows on a CPU"
 
 
 def _dtype_refusals(call: ConvCall) -> Reasons:
@@ -119,13 +129,13 @@ BACKWARD = Op(
         Backend("triton", "pyarch.triton_kernels.conv:backward", _triton_refusals),
         Backend("cuda", "pyarch.cuda_kernels.conv:backward", _cuda_refusals),
         Backend("cpu", "pyarch.ops.conv_cpu:backward", _cpu_refusals),
-        Backend("torch", "pyarch.ops.conv_torch:backward", accepts_all),
+        Backend("torch", "pyarch.ops.conv_torch:backward", _torch_backward_refusals),
         Backend("reference", "pyarch.reference.conv:backward", accepts_all),
     ),
 )
 
 
-# ---------------------------------------------------------------------------------------------- registration
+# -------------------------------------------------------------------------------- registration
 
 _library = torch.library.Library("pyarch", "FRAGMENT")
 _library.define(
@@ -133,8 +143,9 @@ _library.define(
     "SymInt[] dilation, str padding_mode, str backend) -> Tensor"
 )
 _library.define(
-    "depthwise_conv_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] dilation, str padding_mode, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)"
+    "depthwise_conv_backward(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, str padding_mode, bool[3] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -150,7 +161,7 @@ def describe(input, weight, stride, padding, dilation, padding_mode, needs=(True
         tuple(padding),
         tuple(dilation),
         padding_mode,
-        is_channels_last(input, weight),
+        is_channels_last(input, weight, _remembered_looks),
         tuple(needs),
     )
 
@@ -200,11 +211,11 @@ _forward_op = torch.ops.pyarch.depthwise_conv_forward.default
 _backward_op = torch.ops.pyarch.depthwise_conv_backward.default
 
 
-# ---------------------------------------------------------------------------------------------- autograd
+# -------------------------------------------------------------------------------- autograd
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """Saves input and weight; the backward is chosen on its own, and is differentiable through torch's operator."""
+    """Saves input and weight; the backward is chosen on its own, and differentiable through torch's."""
 
     @staticmethod
     def forward(ctx, input, weight, bias, stride, padding, dilation, padding_mode, backend):
@@ -229,13 +240,13 @@ def _differentiable_backward(grad_output, tensors, settings, needs):
     """The same gradients as a graph of torch's own operators, so that they can be differentiated again."""
     stride, padding, dilation, padding_mode = settings
     with torch.enable_grad():
-        output = convolve_stock(*tensors, stride, padding, dilation, tensors[0].shape[1], padding_mode)
+        output = convolve_pairs(*tensors, stride, padding, dilation, tensors[0].shape[1], padding_mode)
     wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
     return tuple(next(grads) if need else None for need in needs)
 
 
-# ---------------------------------------------------------------------------------------------- public function
+# -------------------------------------------------------------------------------- public function
 
 
 def depthwise_conv(
@@ -248,13 +259,13 @@ def depthwise_conv(
     *,
     padding_mode: str = "zeros",
 ) -> Tensor:
-    """Convolve every channel with its own kernels (1-D, 2-D or 3-D), as torch.nn.functional.convNd with groups=C.
+    """Convolve every channel with its own kernels, as torch.nn.functional.conv1d, 2d or 3d with groups=C.
 
     output[n, o, i] = bias[o] + sum_t weight[o, 0, t] * input[n, o // m, i * stride + t * dilation - padding]
 
     Args:
-        input: (N, C, *spatial) or (C, *spatial); float32, bfloat16 and float16 run on our kernels, every other
-            dtype on torch's own operator. Any strides; channels-last input gives channels-last output.
+        input: (N, C, *spatial) or (C, *spatial); float32, bfloat16 and float16 run on our kernels, other
+            dtypes on torch's own operator. Any strides; channels-last input gives channels-last output.
         weight: (C*m, 1, *kernel), m the depth multiplier. Its dimensions say whether this is 1-D, 2-D or 3-D.
         bias: (C*m,) or None.
         stride, dilation: one integer, or one a spatial dimension.
@@ -269,7 +280,8 @@ def depthwise_conv(
         NotImplementedError: a backend asked for by name refuses the call.
     """
     dimensions = weight.dim() - 2
-    channels = input.shape[-dimensions - 1] if input.dim() > dimensions > 0 else 1
+    is_sized = isinstance(input, Tensor) and input.dim() > dimensions > 0
+    channels = input.shape[-dimensions - 1] if is_sized else 1
     return convolve(
         input,
         weight,
@@ -285,6 +297,8 @@ def depthwise_conv(
 
 def convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, backend) -> Tensor:
     """`depthwise_conv` on settings already spelled out for every dimension, as a module holds them."""
+    if not isinstance(input, Tensor):
+        return convolve_stock(input, weight, bias, stride, padding, dilation, groups, padding_mode)
     if torch.is_autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input, weight, bias)
     if not serves(input, weight, bias, stride, padding, dilation, groups, padding_mode):
@@ -342,7 +356,7 @@ def padding_pairs(padding, kernel: Sequence[int], dilation: Sequence[int]) -> tu
 
 
 def _each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    if isinstance(value, int):
+    if not isinstance(value, Sequence):
         return (value,) * dimensions
     return tuple(value) * dimensions if len(value) == 1 else tuple(value)
 
@@ -391,8 +405,11 @@ def _kernel_fits(input, weight, stride, padding, dilation, padding_mode) -> bool
     if not len(stride) == len(dilation) == len(kernel) or padding_mode not in PADDING_MODES:
         return False
     pairs = padding_pairs(padding, kernel, dilation)
-    return all(
-        s > 0 and d > 0 and _pads(size, max(before, after), padding_mode) and size + before + after > d * (k - 1)
+    return float not in map(type, (*stride, *dilation, *pairs)) and all(
+        s > 0
+        and d > 0
+        and _pads(size, max(before, after), padding_mode)
+        and size + before + after > d * (k - 1)
         for size, k, s, d, before, after in zip(
             input.shape[-len(kernel) :], kernel, stride, dilation, pairs[::2], pairs[1::2], strict=True
         )

@@ -14,28 +14,31 @@ _STOCK = (functional.conv1d, functional.conv2d, functional.conv3d)
 
 
 def convolve_stock(input, weight, bias, stride, padding, dilation, groups, padding_mode="zeros") -> Tensor:
-    """torch.nn.ConvNd's own computation, its errors and gradients included.
-
-    `padding` is torch's notation (a string, or one integer a dimension), or (before, after) for each dimension.
-    """
-    convolution = _STOCK[min(max(weight.dim() - 3, 0), 2)]
-    if isinstance(padding, str):
-        if padding_mode == "zeros" or padding == "valid":
-            return convolution(input, weight, bias, stride, padding, dilation, groups)
+    """torch.nn.ConvNd's own computation, its errors and gradients included; `padding` in torch's notation."""
+    if padding_mode == "zeros" or padding == "valid":
+        return _convolution(weight)(input, weight, bias, stride, padding, dilation, groups)
+    if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        padding = [part for total in totals for part in (total // 2, total - total // 2)]
-    elif len(padding) == len(stride):
-        if padding_mode == "zeros":
-            return convolution(input, weight, bias, stride, padding, dilation, groups)
-        padding = [amount for amount in padding for _ in range(2)]
-    elif padding_mode == "zeros" and padding[::2] == padding[1::2]:
-        return convolution(input, weight, bias, stride, padding[::2], dilation, groups)
+        pairs = [part for total in totals for part in (total // 2, total - total // 2)]
+    else:
+        pairs = [amount for amount in padding for _ in range(2)]
+    return convolve_pairs(input, weight, bias, stride, pairs, dilation, groups, padding_mode)
+
+
+def convolve_pairs(input, weight, bias, stride, pairs, dilation, groups, padding_mode="zeros") -> Tensor:
+    """The same with (before, after) for each dimension; a padded copy only where torch needs one."""
+    if padding_mode == "zeros" and pairs[::2] == pairs[1::2]:
+        return _convolution(weight)(input, weight, bias, stride, pairs[::2], dilation, groups)
     last_dimension_first = [
-        amount for before, after in zip(padding[-2::-2], padding[::-2], strict=True) for amount in (before, after)
+        amount for pair in zip(pairs[-2::-2], pairs[::-2], strict=True) for amount in pair
     ]
     mode = "constant" if padding_mode == "zeros" else padding_mode
     padded = functional.pad(input, last_dimension_first, mode=mode)
-    return convolution(padded, weight, bias, stride, 0, dilation, groups)
+    return _convolution(weight)(padded, weight, bias, stride, 0, dilation, groups)
+
+
+def _convolution(weight: Tensor):
+    return _STOCK[min(max(weight.dim() - 3, 0), 2)]
 
 
 def forward(
@@ -49,7 +52,7 @@ def forward(
     channels_last: bool = False,
 ) -> Tensor:
     """Arguments and result as `pyarch.reference.conv.forward`."""
-    output = convolve_stock(input, weight, bias, stride, padding, dilation, input.shape[1], padding_mode)
+    output = convolve_pairs(input, weight, bias, stride, padding, dilation, input.shape[1], padding_mode)
     return output.contiguous(memory_format=memory_format(input.dim(), channels_last))
 
 

@@ -1,11 +1,14 @@
 """Depthwise convolution in plain torch: the meaning that every kernel is held to.
 
-    output[n, o, i] = bias[o] + sum_t weight[o, 0, t] * input[n, o // m, source(i * stride + t * dilation - before)]
+    output[n, o, i] = bias[o] + sum_t weight[o, 0, t] * input[n, o // m, source(p)]
+    p = i * stride + t * dilation - before
 
-over all taps t of a 1-D to 3-D kernel. `source` maps a padded position to an input position by the padding mode; in
-mode "zeros" a position outside reads 0. The sums run in float32 for 16-bit inputs and in the input's dtype otherwise.
+over all taps t of a 1-D to 3-D kernel. `source` maps a padded position to an input position by the padding
+mode; in mode "zeros" a position outside reads 0. The sums run in float32 for 16-bit inputs and in the input's
+dtype otherwise.
 
-Legend: N batch, C input channels, m depth multiplier, O = C*m output channels, t a tap, `before`/`after` the padding.
+Legend: N batch, C input channels, m depth multiplier, O = C*m output channels, t a tap, `before`/`after` the
+padding.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ def output_sizes(
 
 
 def source_positions(size: int, before: int, after: int, mode: str) -> Tensor:
-    """Map the padded positions -before .. size+after-1 of one dimension to input positions (modes with a source)."""
+    """Map padded positions -before .. size+after-1 of one dimension to input positions (not for "zeros")."""
     positions = torch.arange(-before, size + after)
     if mode == "replicate":
         return positions.clamp(0, size - 1)
@@ -115,9 +118,7 @@ def forward(
         (N, C*m, *outputs) in the input's dtype.
     """
     kernel = weight.shape[2:]
-    padded = _widen(pad(input, padding, padding_mode)).repeat_interleave(
-        _multiplier(input, weight), 1
-    )
+    padded = _widen(pad(input, padding, padding_mode)).repeat_interleave(_multiplier(input, weight), 1)
     outputs = output_sizes(input.shape[2:], kernel, stride, padding, dilation)
     wide_weight = _widen(weight)
     result = padded.new_zeros(*padded.shape[:2], *outputs)
