@@ -60,7 +60,7 @@ __attribute__((noinline)) void correlate_band(const TapTables& taps, const TapRa
           unrolled<CHUNK>([&](auto index) __attribute__((always_inline)) {
             constexpr int K = index + 1;
             for (; chunk != end && chunk->taps == K; ++chunk) {
-              const Span real = range.real_sources(*chunk, taps.spacing);
+              const Span real = range.real_sources(*chunk, R + K - 1, taps.spacing);
               if (real.begin >= R + K - 1 || real.end <= 0) continue;
               const Span lanes = range.lane.within(chunk->lane);
               const float* lane_weights =

@@ -10,20 +10,23 @@
 namespace pyarch {
 namespace {
 
-// A box of places as floats: rows `row` apart, each of `phases` parts `phase` apart, holding every phases-th place.
+// A box of places as floats: rows `row` apart, each of `phases` parts `phase` apart, holding every phases-th place. Rows
+// of one phase begin `lead` floats in, so that place 0, which is where memory is copied from, begins a vector.
 struct Layout {
   Span box[3];
-  int64_t phases, phase, row, plane, floats;
+  int64_t phases, lead, phase, row, plane, floats;
 
   Layout(const Box& places, int64_t phases) : box{places[0], places[1], places[2]}, phases(phases) {
-    phase = round_up(ceil_div(box[2].size(), phases), LANES) + (phases > 1 ? LANES : 0);
+    const int64_t before = box[2].begin % LANES;
+    lead = phases > 1 ? 0 : before < 0 ? LANES + before : before;
+    phase = round_up(lead + ceil_div(box[2].size(), phases), LANES) + (phases > 1 ? LANES : 0);
     row = phases * phase;
     plane = box[1].size() * row;
     floats = round_up(box[0].size() * plane + 2 * LANES, LANES);
   }
 
   int64_t at_row(int64_t depth, int64_t height) const {
-    return (depth - box[0].begin) * plane + (height - box[1].begin) * row;
+    return (depth - box[0].begin) * plane + (height - box[1].begin) * row + lead;
   }
 };
 
@@ -90,7 +93,7 @@ void load_plane(const T* plane, const int64_t (&size)[3], PaddingMode mode, cons
         continue;
       }
       const T* const row = plane + (d * size[1] + h) * size[2];
-      float* const out = line ? line : to;
+      float* const out = line ? line : to + layout.lead;
       zero_fill(out, left);
       widen(row + begin, out + left, inner, ahead);
       zero_fill(out + left + inner, right);
@@ -295,7 +298,7 @@ void input_gradient(const ConvShape& shape, const InputPlan& plan, const InputPa
     if (direct)
       gradient_phase(shape, part, phase, plan.line, grad, weights, to, rows, shape.in[2], streams);
     else
-      gradient_phase(shape, part, phase, plan.line, grad, weights, sums, wide, wide.row, false);
+      gradient_phase(shape, part, phase, plan.line, grad, weights, sums + wide.lead, wide, wide.row, false);
   }
   if (plan.folds)
     fold_rows(shape, sums, wide, to);

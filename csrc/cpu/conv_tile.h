@@ -62,8 +62,9 @@ struct TapRange {
   Span depth, height, lane;
   Span places;  // relative to the source of the tile's first output
 
-  // Of the sources of a chunk, `spacing` places apart, those that are not padding.
-  Span real_sources(const Chunk& chunk, int64_t spacing) const {
+  // Of a chunk's `sources`, `spacing` places apart, those that are not padding.
+  Span real_sources(const Chunk& chunk, int64_t sources, int64_t spacing) const {
+    if (places.begin <= chunk.at && places.end > chunk.at + (sources - 1) * spacing) return {0, sources};
     const auto first_from = [&](int64_t place) {
       return place <= chunk.at ? 0 : (place - chunk.at + spacing - 1) / spacing;
     };
