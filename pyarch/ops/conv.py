@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from pyarch import hardware, native
 from pyarch.dispatch import Backend, Op, Reasons, Verdict, accepts_all, requested_backend
+from pyarch.ops.conv_measured import forward_concessions
 from pyarch.ops.conv_torch import convolve_pairs, convolve_stock
 from pyarch.reference.conv import memory_format, output_sizes
 
@@ -118,7 +119,7 @@ FORWARD = Op(
     (
         Backend("triton", "pyarch.triton_kernels.conv:forward", _triton_refusals),
         Backend("cuda", "pyarch.cuda_kernels.conv:forward", _cuda_refusals),
-        Backend("cpu", "pyarch.ops.conv_cpu:forward", _cpu_refusals),
+        Backend("cpu", "pyarch.ops.conv_cpu:forward", _cpu_refusals, forward_concessions),
         Backend("torch", "pyarch.ops.conv_torch:forward", accepts_all),
         Backend("reference", "pyarch.reference.conv:forward", accepts_all),
     ),

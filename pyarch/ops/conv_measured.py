@@ -1,0 +1,63 @@
+"""Where torch's own CPU forward was measured to be faster: `auto` leaves it the call and `explain` says so.
+
+The figures are medians over the shapes of the sweep in benchmarks/results (`python -m benchmarks conv --sweep`),
+ours against torch in one run. They hold for the forward pass only: in the backward ours is the faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Slower(NamedTuple):
+    """A region of calls, each bound inclusive, and how our speed compares there. None matches everything."""
+
+    channels_last: bool
+    dimensions: tuple[int, int]
+    largest_kernel: tuple[int, int]
+    channels: tuple[int, float]
+    output_width: tuple[int, float]
+    strided: bool | None
+    dilated: bool | None
+    speed: str
+
+
+ANY = (0, float("inf"))
+SLOWER = (
+    Slower(True, (2, 2), (1, 4), (16, float("inf")), ANY, None, None, "0.85x of torch"),
+    Slower(True, (3, 3), (1, 4), (16, float("inf")), ANY, None, False, "0.85x of torch"),
+    Slower(True, (2, 2), (1, 4), (1, 15), ANY, None, None, "0.8x of torch"),
+    Slower(True, (3, 3), (1, 5), (1, 15), ANY, None, None, "0.6x of torch"),
+    Slower(True, (2, 3), (5, 31), (16, float("inf")), (1, 14), True, False, "0.89x of torch"),
+    Slower(False, (2, 2), (3, 7), (48, float("inf")), (1, 15), None, None, "0.9x of torch"),
+    Slower(False, (3, 3), (3, 7), (48, float("inf")), (1, 15), None, False, "0.9x of torch"),
+    Slower(False, (2, 2), (5, 7), (48, float("inf")), (16, 31), None, False, "0.8x of torch"),
+)
+
+
+def forward_concessions(call) -> Iterator[str]:
+    """The measured reason, if any, to leave a `ConvCall` on a CPU to torch."""
+    if call.device != "cpu":
+        return
+    kernel, width = max(call.kernel), call.outputs[-1]
+    for region in SLOWER:
+        if (
+            call.channels_last == region.channels_last
+            and _within(len(call.kernel), region.dimensions)
+            and _within(kernel, region.largest_kernel)
+            and _within(call.input_shape[1], region.channels)
+            and _within(width, region.output_width)
+            and region.strided in (None, max(call.stride) > 1)
+            and region.dilated in (None, max(call.dilation) > 1)
+        ):
+            layout = "channels-last" if call.channels_last else "contiguous"
+            yield (
+                f"{layout} kernel {kernel}, {call.input_shape[1]} channels, output width {width}: "
+                f"measured {region.speed}, see benchmarks/results"
+            )
+            return
+
+
+def _within(value: float, bounds: tuple[float, float]) -> bool:
+    return bounds[0] <= value <= bounds[1]
