@@ -1,4 +1,4 @@
-"""Calls that were measured to be slower on our CPU forward: `auto` leaves them to torch, a request by name does not."""
+"""Calls measured to be slower on our CPU forward: `auto` leaves them to torch, a request by name does not."""
 
 from __future__ import annotations
 

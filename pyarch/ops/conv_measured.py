@@ -1,7 +1,7 @@
 """Where torch's own CPU forward was measured to be faster: `auto` leaves it the call and `explain` says so.
 
-The figures are medians over the shapes of the sweep in benchmarks/results (`python -m benchmarks conv --sweep`),
-ours against torch in one run. They hold for the forward pass only: in the backward ours is the faster.
+The figures are medians over the shapes of `python -m benchmarks conv --sweep`, ours against torch in one run,
+kept in benchmarks/results. They hold for the forward pass only: in the backward ours is the faster.
 """
 
 from __future__ import annotations
