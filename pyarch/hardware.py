@@ -69,10 +69,16 @@ def gpu_architecture(index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+@cache
+def cpu_architecture() -> str:
+    """The CPU's best instruction set of ours, or its machine's name."""
+    return next(iter(supported_instruction_sets()), platform.machine())
+
+
 def architecture(device: torch.device) -> str:
     """The architecture that decides which kernels fit: a GPU's, or the CPU's best instruction set."""
+    if device.type == "cpu":
+        return cpu_architecture()
     if device.type == "cuda":
         return gpu_architecture(device.index if device.index is not None else torch.cuda.current_device())
-    if device.type == "cpu":
-        return next(iter(supported_instruction_sets()), platform.machine())
     return device.type

@@ -302,14 +302,14 @@ def convolve(input, weight, bias, stride, padding, dilation, groups, padding_mod
         return convolve_stock(input, weight, bias, stride, padding, dilation, groups, padding_mode)
     if torch.is_autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input, weight, bias)
-    if not serves(input, weight, bias, stride, padding, dilation, groups, padding_mode):
+    pairs = settled_padding(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+    if pairs is None:
         return convolve_stock(input, weight, bias, stride, padding, dilation, groups, padding_mode)
     if input.dim() == weight.dim() - 1:
         batch = input.unsqueeze(0)
         return convolve(
             batch, weight, bias, stride, padding, dilation, groups, padding_mode, backend
         ).squeeze(0)
-    pairs = padding_pairs(padding, weight.shape[2:], dilation)
     settings = stride, pairs, dilation, padding_mode, backend
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -322,28 +322,65 @@ def explain(
     input, weight, bias, stride, padding, dilation, groups, padding_mode
 ) -> dict[str, tuple[Verdict, ...]]:
     """What every backend says of a call, for "forward" and "backward", by the arguments of `convolve`."""
-    if not serves(input, weight, bias, stride, padding, dilation, groups, padding_mode):
+    pairs = settled_padding(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+    if pairs is None:
         kind = f"{input.dtype} input {tuple(input.shape)} on weight {tuple(weight.shape)}, groups={groups}"
         only_stock = (Verdict("torch", (), (f"{kind}: torch's own operator runs it directly",)),)
         return {"forward": only_stock, "backward": only_stock}
     batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
-    pairs = padding_pairs(padding, weight.shape[2:], dilation)
     call = describe(batch, weight, stride, pairs, dilation, padding_mode)
     return {"forward": FORWARD.explain(call), "backward": BACKWARD.explain(call)}
 
 
-def serves(input, weight, bias, stride, padding, dilation, groups, padding_mode) -> bool:
-    """Whether the call is well formed and of a kind that the opaque operator carries.
+def settled_padding(
+    input, weight, bias, stride, padding, dilation, groups, padding_mode
+) -> tuple[int, ...] | None:
+    """The padding as (before, after) for each dimension, when the opaque operator carries the call.
 
-    Everything else belongs to torch's own operator, which computes it or raises in its own words.
+    None says that it is not: torch's own operator then computes it or raises in its own words.
     """
-    return (
-        input.dtype in KERNEL_DTYPES
-        and _same_kind(input, weight, bias)
-        and _shapes_agree(input, weight, bias, groups)
-        and _kernel_fits(input, weight, stride, padding, dilation, padding_mode)
-        and (torch.compiler.is_compiling() or not _under_transform())
+    compiling = torch.compiler.is_compiling()
+    if input.dtype not in KERNEL_DTYPES or not _same_kind(input, weight, bias):
+        return None
+    if not compiling and _under_transform():
+        return None
+    bias_shape = None if bias is None else bias.shape
+    settings = input.shape, weight.shape, bias_shape, stride, padding, dilation, groups, padding_mode
+    if compiling or torch.SymInt in map(type, input.shape):
+        return _pairs_when_valid(*settings)
+    return _pairs_when_valid_cached(tuple(map(type, (*stride, *padding, *dilation))), *settings)
+
+
+def _pairs_when_valid(
+    input_shape, weight_shape, bias_shape, stride, padding, dilation, groups, padding_mode
+) -> tuple[int, ...] | None:
+    if not _shapes_agree(input_shape, weight_shape, bias_shape, groups):
+        return None
+    kernel = weight_shape[2:]
+    if isinstance(padding, str):
+        if padding not in ("valid", "same") or (padding == "same" and any(s != 1 for s in stride)):
+            return None
+    elif len(padding) != len(kernel) or any(p < 0 for p in padding):
+        return None
+    if not len(stride) == len(dilation) == len(kernel) or padding_mode not in PADDING_MODES:
+        return None
+    pairs = padding_pairs(padding, kernel, dilation)
+    fits = float not in map(type, (*stride, *dilation, *pairs)) and all(
+        s > 0
+        and d > 0
+        and _pads(size, max(before, after), padding_mode)
+        and size + before + after > d * (k - 1)
+        for size, k, s, d, before, after in zip(
+            input_shape[-len(kernel) :], kernel, stride, dilation, pairs[::2], pairs[1::2], strict=True
+        )
     )
+    return pairs if fits else None
+
+
+@lru_cache(maxsize=4096)
+def _pairs_when_valid_cached(types, *settings):
+    """`_pairs_when_valid`, once for each call it has met; `types` tells 1 from 1.0."""
+    return _pairs_when_valid(*settings)
 
 
 def padding_pairs(padding, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
@@ -382,38 +419,17 @@ def _same_kind(input, weight, bias) -> bool:
     )
 
 
-def _shapes_agree(input, weight, bias, groups) -> bool:
-    dimensions = weight.dim() - 2
+def _shapes_agree(input_shape, weight_shape, bias_shape, groups) -> bool:
+    dimensions = len(weight_shape) - 2
     return (
         1 <= dimensions <= 3
-        and input.dim() in (dimensions + 1, dimensions + 2)
-        and input.numel() > 0
-        and weight.numel() > 0
-        and input.shape[-dimensions - 1] == groups
-        and weight.shape[1] == 1
-        and weight.shape[0] % groups == 0
-        and (bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0]))
-    )
-
-
-def _kernel_fits(input, weight, stride, padding, dilation, padding_mode) -> bool:
-    kernel = weight.shape[2:]
-    if isinstance(padding, str):
-        if padding not in ("valid", "same") or (padding == "same" and any(s != 1 for s in stride)):
-            return False
-    elif len(padding) != len(kernel) or any(p < 0 for p in padding):
-        return False
-    if not len(stride) == len(dilation) == len(kernel) or padding_mode not in PADDING_MODES:
-        return False
-    pairs = padding_pairs(padding, kernel, dilation)
-    return float not in map(type, (*stride, *dilation, *pairs)) and all(
-        s > 0
-        and d > 0
-        and _pads(size, max(before, after), padding_mode)
-        and size + before + after > d * (k - 1)
-        for size, k, s, d, before, after in zip(
-            input.shape[-len(kernel) :], kernel, stride, dilation, pairs[::2], pairs[1::2], strict=True
-        )
+        and len(input_shape) in (dimensions + 1, dimensions + 2)
+        and all(size > 0 for size in input_shape)
+        and all(size > 0 for size in weight_shape)
+        and input_shape[-dimensions - 1] == groups
+        and weight_shape[1] == 1
+        and weight_shape[0] % groups == 0
+        and (bias_shape is None or (len(bias_shape) == 1 and bias_shape[0] == weight_shape[0]))
     )
 
 
