@@ -36,6 +36,8 @@ def call(
         (call(96, 56, 7, channels_last=True), False),
         (call(96, 56, 3), False),
         (call(96, 56, 7), False),
+        (call(96, 56, 3, stride=2), True),
+        (call(96, 56, 3, stride=2)._replace(dtype=torch.bfloat16), False),
         (call(96, 14, 7), True),
         (call(16, 14, 7), False),
         (call(384, 8, 13, stride=2, channels_last=True), True),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+
 
 class Slower(NamedTuple):
     """A region of calls, each bound inclusive, and how our speed compares there. None matches everything."""
@@ -20,19 +22,32 @@ class Slower(NamedTuple):
     output_width: tuple[int, float]
     strided: bool | None
     dilated: bool | None
+    dtype: torch.dtype | None
     speed: str
 
 
-ANY = (0, float("inf"))
+NO_LIMIT = float("inf")
+ANY = (0, NO_LIMIT)
 SLOWER = (
-    Slower(True, (2, 2), (1, 4), (16, float("inf")), ANY, None, None, "0.85x of torch"),
-    Slower(True, (3, 3), (1, 4), (16, float("inf")), ANY, None, False, "0.85x of torch"),
-    Slower(True, (2, 2), (1, 4), (1, 15), ANY, None, None, "0.8x of torch"),
-    Slower(True, (3, 3), (1, 5), (1, 15), ANY, None, None, "0.6x of torch"),
-    Slower(True, (2, 3), (5, 31), (16, float("inf")), (1, 14), True, False, "0.89x of torch"),
-    Slower(False, (2, 2), (3, 7), (48, float("inf")), (1, 15), None, None, "0.9x of torch"),
-    Slower(False, (3, 3), (3, 7), (48, float("inf")), (1, 15), None, False, "0.9x of torch"),
-    Slower(False, (2, 2), (5, 7), (48, float("inf")), (16, 31), None, False, "0.8x of torch"),
+    Slower(True, (2, 2), (1, 4), (16, NO_LIMIT), ANY, None, None, None, "0.85x of torch"),
+    Slower(True, (3, 3), (1, 4), (16, NO_LIMIT), ANY, None, False, None, "0.85x of torch"),
+    Slower(True, (2, 2), (1, 4), (1, 15), ANY, None, None, None, "0.8x of torch"),
+    Slower(True, (3, 3), (1, 5), (1, 15), ANY, None, None, None, "0.6x of torch"),
+    Slower(True, (2, 3), (5, 31), (16, NO_LIMIT), (1, 14), True, False, None, "0.89x of torch"),
+    Slower(False, (2, 2), (3, 7), (48, NO_LIMIT), (1, 15), None, None, None, "0.9x of torch"),
+    Slower(False, (3, 3), (3, 7), (48, NO_LIMIT), (1, 15), None, False, None, "0.9x of torch"),
+    Slower(False, (2, 2), (5, 7), (48, NO_LIMIT), (16, 31), None, False, None, "0.8x of torch"),
+    Slower(
+        False,
+        (2, 2),
+        (2, 5),
+        (48, NO_LIMIT),
+        (16, NO_LIMIT),
+        True,
+        False,
+        torch.float32,
+        "0.8x of torch",
+    ),
 )
 
 
@@ -50,6 +65,7 @@ def forward_concessions(call) -> Iterator[str]:
             and _within(width, region.output_width)
             and region.strided in (None, max(call.stride) > 1)
             and region.dilated in (None, max(call.dilation) > 1)
+            and region.dtype in (None, call.dtype)
         ):
             layout = "channels-last" if call.channels_last else "contiguous"
             yield (
