@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.environment import ROOT
+from benchmarks.markdown import markdown_table
 
 README = ROOT / "README.md"
 NOT_MEASURED = "Not measured yet."
@@ -116,11 +117,6 @@ def speed_cell(row: dict | None, failed: bool) -> str:
         return "failed" if failed else "-"
     stock, ours = (f"{row[side]['median_ms']:.3g}" for side in ("stock", "ours"))
     return f"{stock} -> {ours}, **{row['speedup']['median']:.2f}x**"
-
-
-def markdown_table(titles: list[str], body: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def support_section() -> str:

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.readme import markdown_table
+from benchmarks.markdown import markdown_table
 from pyarch import hardware, native
 from pyarch.dispatch import BACKENDS, Call, Op, Verdict
 from pyarch.ops.conv import BACKWARD, FORWARD, ConvCall
