@@ -9,8 +9,8 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace pyarch {
@@ -27,10 +27,6 @@ struct ConvShape {
   int64_t in_size() const { return in[0] * in[1] * in[2]; }
   int64_t out_size() const { return out[0] * out[1] * out[2]; }
 };
-
-// Calls body(begin, end) on disjoint ranges that cover [0, tasks), from several threads.
-using ParallelFor =
-    std::function<void(int64_t tasks, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
 // input and output are contiguous in (N, C, D, H, W) order ("rows") or (N, D, H, W, C) order ("channels");
 // weight is (O, taps); bias is (O) or null.

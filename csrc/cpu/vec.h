@@ -50,6 +50,8 @@ ALWAYS_INLINE Mask first_lanes(int64_t count) { return count >= LANES ? Mask(-1)
 ALWAYS_INLINE Vec zero() { return _mm512_setzero_ps(); }
 ALWAYS_INLINE Vec broadcast(float value) { return _mm512_set1_ps(value); }
 ALWAYS_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+ALWAYS_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+ALWAYS_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec sum) { return _mm512_fmadd_ps(a, b, sum); }
 ALWAYS_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 
@@ -115,6 +117,58 @@ ALWAYS_INLINE void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
   high = _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd);
 }
 
+// Row i of a square becomes its column i: 32-bit elements, swapped in pairs, in fours, then whole 128-bit quarters.
+ALWAYS_INLINE void transpose(Vec (&rows)[LANES]) {
+  Vec pairs[LANES], fours[LANES], eights[LANES];
+  unrolled<LANES / 2>([&](auto i) {
+    pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+    pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+  });
+  const auto unpack_low = [](Vec a, Vec b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  const auto unpack_high = [](Vec a, Vec b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  unrolled<LANES / 4>([&](auto i) {
+    fours[4 * i] = unpack_low(pairs[4 * i], pairs[4 * i + 2]);
+    fours[4 * i + 1] = unpack_high(pairs[4 * i], pairs[4 * i + 2]);
+    fours[4 * i + 2] = unpack_low(pairs[4 * i + 1], pairs[4 * i + 3]);
+    fours[4 * i + 3] = unpack_high(pairs[4 * i + 1], pairs[4 * i + 3]);
+  });
+  unrolled<4>([&](auto i) {
+    eights[i] = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
+    eights[i + 4] = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
+    eights[i + 8] = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
+    eights[i + 12] = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
+  });
+  unrolled<8>([&](auto i) {
+    rows[i] = _mm512_shuffle_f32x4(eights[i], eights[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_f32x4(eights[i], eights[i + 8], 0xdd);
+  });
+}
+
+#if defined(__AVX512BF16__)
+
+// LANES pairs of bfloat16: neighbours in memory, the first in the lower half; or one element each of two rows.
+// Elements out of count or mask are zero.
+ALWAYS_INLINE Vec load_pairs(const bfloat16* p, int64_t elements = 2 * LANES) {
+  const __mmask32 mask = elements >= 2 * LANES ? __mmask32(-1) : (__mmask32(1) << elements) - 1;
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+}
+ALWAYS_INLINE Vec load_pairs(const bfloat16* first, Mask firsts, const bfloat16* second, Mask seconds) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(firsts, first));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(seconds, second));
+  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+// sum + a[0] * b[0] + a[1] * b[1] in each lane.
+ALWAYS_INLINE Vec dot_pairs(Vec a, Vec b, Vec sum) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+#endif
+
 #else
 
 constexpr int LANES = 8;
@@ -133,6 +187,8 @@ ALWAYS_INLINE __m256i lanes_of(Mask mask) {
 ALWAYS_INLINE Vec zero() { return _mm256_setzero_ps(); }
 ALWAYS_INLINE Vec broadcast(float value) { return _mm256_set1_ps(value); }
 ALWAYS_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+ALWAYS_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+ALWAYS_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec sum) { return _mm256_fmadd_ps(a, b, sum); }
 ALWAYS_INLINE float sum(Vec v) {
   const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -195,6 +251,24 @@ ALWAYS_INLINE void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
   const Vec a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
   low = _mm256_permute2f128_ps(a, b, 0x20);
   high = _mm256_permute2f128_ps(a, b, 0x31);
+}
+
+ALWAYS_INLINE void transpose(Vec (&rows)[LANES]) {
+  Vec pairs[LANES], fours[LANES];
+  unrolled<LANES / 2>([&](auto i) {
+    pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+  });
+  unrolled<LANES / 4>([&](auto i) {
+    fours[4 * i] = _mm256_shuffle_ps(pairs[4 * i], pairs[4 * i + 2], 0x44);
+    fours[4 * i + 1] = _mm256_shuffle_ps(pairs[4 * i], pairs[4 * i + 2], 0xee);
+    fours[4 * i + 2] = _mm256_shuffle_ps(pairs[4 * i + 1], pairs[4 * i + 3], 0x44);
+    fours[4 * i + 3] = _mm256_shuffle_ps(pairs[4 * i + 1], pairs[4 * i + 3], 0xee);
+  });
+  unrolled<LANES / 2>([&](auto i) {
+    rows[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  });
 }
 
 #endif

@@ -1,0 +1,231 @@
+// Blocking and threads of matrix products; see gemm.h.
+//
+// C is divided among tasks. A task takes its rows in blocks: for each stretch of k it packs the block's strips of A (to
+// stay in the second-level cache), then each panel of B in turn (to stay in the first), which every strip meets while it
+// is there.
+#include "gemm.h"
+
+#include <algorithm>
+
+#include "gemm_tile.h"
+
+namespace pyarch {
+namespace {
+
+constexpr int64_t DEPTH = 256;                 // steps of k in a stretch
+constexpr int64_t BLOCK_BYTES = 640 * 1024;    // of packed A
+constexpr int64_t SUMS_BYTES = 1024 * 1024;    // of sums that wait for the next stretch
+constexpr int64_t TASK_PRODUCTS = 256 * 1024;  // multiply-adds that are worth a thread
+constexpr int64_t ACROSS_STEPS = 16;           // of k that all strips pack before the next
+constexpr int64_t ALIGNMENT = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One of `parts` nearly equal parts of [0, total).
+struct Part {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+Part part(int64_t total, int64_t parts, int64_t index) {
+  return {total * index / parts, total * (index + 1) / parts};
+}
+int64_t largest_part(int64_t total, int64_t parts) { return ceil_div(total, parts); }
+
+// k in stretches of whole steps: it alone decides in which order an element's products are summed.
+struct Stretches {
+  int64_t k, count, elements;
+
+  template <class S>
+  static Stretches of(int64_t k) {
+    const int64_t steps = ceil_div(k, S::ELEMENTS), count = std::max<int64_t>(1, ceil_div(steps, DEPTH));
+    return {k, count, ceil_div(ceil_div(steps, count), LANES) * LANES * S::ELEMENTS};
+  }
+  Part operator[](int64_t index) const {
+    return {std::min(k, index * elements), std::min(k, (index + 1) * elements)};
+  }
+};
+
+// How a product is divided: tasks in a grid over C, each in blocks of rows and, where sums must wait, of panels.
+struct Plan {
+  int64_t row_tasks = 1, panel_tasks = 1;
+  int64_t row_blocks, panel_blocks;
+  Stretches stretches;
+  bool keep_sums;
+  int64_t strip_floats, panel_floats, a_floats, sum_floats;  // of scratch
+
+  int64_t tasks() const { return row_tasks * panel_tasks; }
+  int64_t task_floats() const { return a_floats + panel_floats + sum_floats; }
+};
+
+template <class T, class Out>
+Plan plan_of(const GemmShape& shape, int64_t threads) {
+  using S = Step<T>;
+  Plan plan;
+  const int64_t panels = ceil_div(shape.n, PANEL);
+  const int64_t worth = std::max<int64_t>(1, shape.m * shape.n * shape.k / TASK_PRODUCTS);
+  const int64_t tasks = std::min(threads, worth);
+  int64_t least = INT64_MAX;
+  for (int64_t rows = 1; rows <= tasks; ++rows) {
+    const int64_t strips = ceil_div(largest_part(shape.m, rows), ROWS);
+    const int64_t columns = largest_part(panels, tasks / rows);
+    const int64_t cost = strips * columns * ROWS + strips * 4 + columns * 8;  // in cycles a step
+    if (cost >= least) continue;
+    least = cost;
+    plan.row_tasks = rows;
+    plan.panel_tasks = tasks / rows;
+  }
+  plan.stretches = Stretches::of<S>(shape.k);
+  plan.keep_sums = sizeof(Out) < sizeof(float) && plan.stretches.count > 1;
+
+  const int64_t steps = plan.stretches.elements / S::ELEMENTS;
+  plan.strip_floats = steps * LANES;
+  plan.panel_floats = steps * PANEL;
+  const int64_t task_strips = ceil_div(largest_part(shape.m, plan.row_tasks), ROWS);
+  const int64_t block_strips =
+      std::max<int64_t>(1, BLOCK_BYTES / int64_t(sizeof(float)) / std::max<int64_t>(1, plan.strip_floats));
+  plan.row_blocks = std::max<int64_t>(1, ceil_div(task_strips, block_strips));
+  const int64_t block_rows = largest_part(largest_part(shape.m, plan.row_tasks), plan.row_blocks);
+  plan.a_floats = ceil_div(block_rows, ROWS) * plan.strip_floats;
+
+  const int64_t task_panels = largest_part(panels, plan.panel_tasks);
+  const int64_t sums_of_panel = block_rows * PANEL;
+  plan.panel_blocks = 1;
+  plan.sum_floats = 0;
+  if (plan.keep_sums) {
+    plan.panel_blocks =
+        std::max<int64_t>(1, ceil_div(task_panels * sums_of_panel * int64_t(sizeof(float)), SUMS_BYTES));
+    plan.sum_floats = largest_part(task_panels, plan.panel_blocks) * sums_of_panel;
+  }
+  return plan;
+}
+
+template <class T, class Out>
+struct Product {
+  GemmShape shape;
+  Operand<T> a, b;
+  const float* bias;
+  bool accumulate;
+  Target<Out> c;
+};
+
+// The rows of one block over a stretch of k, packed strip by strip. Where k runs along columns of memory, all strips
+// take few elements at a time, so that a row of memory is read in one go.
+template <class T, class Out>
+void pack_strips(const Product<T, Out>& product, const Plan& plan, Part rows, Part depth, float* packed) {
+  using S = Step<T>;
+  const Operand<T>& a = product.a;
+  const int64_t strips = ceil_div(rows.size(), ROWS);
+  const int64_t at_once = a.column_stride == 1 ? plan.stretches.elements : ACROSS_STEPS * S::ELEMENTS;
+  for (int64_t k = depth.begin; k < depth.end; k += at_once) {
+    for (int64_t s = 0; s < strips; ++s) {
+      const int64_t row = rows.begin + part(rows.size(), strips, s).begin;
+      pack<T>({a.data + row * a.row_stride + k * a.column_stride, a.row_stride, a.column_stride,
+               product.shape.m - row, std::min(at_once, depth.end - k)},
+              packed + s * plan.strip_floats + (k - depth.begin) / S::ELEMENTS * LANES, LANES);
+    }
+  }
+}
+
+template <class T, class Out>
+void pack_panel(const Product<T, Out>& product, int64_t panel, Part depth, float* packed) {
+  for (int64_t column = panel * PANEL, group = 0; group < 2; ++group, column += LANES) {
+    if (column >= product.shape.n) break;
+    const T* const first =
+        product.b.data + depth.begin * product.b.row_stride + column * product.b.column_stride;
+    pack<T>({first, product.b.column_stride, product.b.row_stride, product.shape.n - column, depth.size()},
+            packed + group * LANES, PANEL);
+  }
+}
+
+// One panel of B against every strip of the block.
+template <class T, class Out>
+void multiply_strips(const Product<T, Out>& product, const Plan& plan, Part rows, int64_t panel,
+                     int64_t stretch, const float* packed_a, const float* packed_b, float* sums) {
+  using S = Step<T>;
+  const bool first = stretch == 0, last = stretch == plan.stretches.count - 1;
+  const int64_t column = panel * PANEL;
+  Tile<Out> tile;
+  tile.b = packed_b;
+  tile.steps = ceil_div(plan.stretches[stretch].size(), S::ELEMENTS);
+  tile.columns = std::min<int64_t>(PANEL, product.shape.n - column);
+  tile.bias = product.bias && first ? product.bias + column : nullptr;
+  tile.accumulate = plan.keep_sums ? product.accumulate && last : product.accumulate || !first;
+  tile.c.row_stride = product.c.row_stride;
+  const int64_t strips = ceil_div(rows.size(), ROWS);
+  for (int64_t s = 0; s < strips; ++s) {
+    const Part strip = part(rows.size(), strips, s);
+    tile.a = packed_a + s * plan.strip_floats;
+    tile.c.data = product.c.data + (rows.begin + strip.begin) * product.c.row_stride + column;
+    float* const kept = sums + strip.begin * PANEL;
+    tile.sums = plan.keep_sums && !first ? kept : nullptr;
+    tile.keep_sums = plan.keep_sums && !last ? kept : nullptr;
+    multiply_tile<S>(strip.size(), tile);
+  }
+}
+
+template <class T, class Out>
+void run_task(const Product<T, Out>& product, const Plan& plan, int64_t task, float* scratch) {
+  const Part task_rows = part(product.shape.m, plan.row_tasks, task / plan.panel_tasks);
+  const Part task_panels = part(ceil_div(product.shape.n, PANEL), plan.panel_tasks, task % plan.panel_tasks);
+  float *const a = scratch, *const b = a + plan.a_floats, *const sums = b + plan.panel_floats;
+  for (int64_t row_block = 0; row_block < plan.row_blocks; ++row_block) {
+    Part rows = part(task_rows.size(), plan.row_blocks, row_block);
+    rows = {task_rows.begin + rows.begin, task_rows.begin + rows.end};
+    for (int64_t panel_block = 0; panel_block < plan.panel_blocks; ++panel_block) {
+      const Part panels = part(task_panels.size(), plan.panel_blocks, panel_block);
+      for (int64_t stretch = 0; stretch < plan.stretches.count; ++stretch) {
+        const Part depth = plan.stretches[stretch];
+        pack_strips(product, plan, rows, depth, a);
+        for (int64_t p = panels.begin; p < panels.end; ++p) {
+          const int64_t panel = task_panels.begin + p;
+          pack_panel(product, panel, depth, b);
+          multiply_strips(product, plan, rows, panel, stretch, a, b,
+                          sums + (p - panels.begin) * rows.size() * PANEL);
+        }
+      }
+    }
+  }
+}
+
+float* aligned(void* scratch) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(scratch);
+  return reinterpret_cast<float*>((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+}
+
+}  // namespace
+
+template <class T, class Out>
+int64_t gemm_scratch_bytes(const GemmShape& shape, int64_t threads) {
+  const Plan plan = plan_of<T, Out>(shape, threads);
+  return plan.tasks() * plan.task_floats() * int64_t(sizeof(float)) + ALIGNMENT;
+}
+
+template <class T, class Out>
+void gemm(const GemmShape& shape, const Operand<T>& a, const Operand<T>& b, const float* bias,
+          bool accumulate, const Target<Out>& c, void* scratch, int64_t threads,
+          const ParallelFor& parallel) {
+  if (shape.m == 0 || shape.n == 0) return;
+  const Plan plan = plan_of<T, Out>(shape, threads);
+  const Product<T, Out> product{shape, a, b, bias, accumulate, c};
+  const auto run_tasks = [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      run_task(product, plan, task, aligned(scratch) + task * plan.task_floats());
+  };
+  if (plan.tasks() == 1)
+    run_tasks(0, 1);
+  else
+    parallel(plan.tasks(), run_tasks);
+}
+
+#define PYARCH_GEMM(T, Out)                                                                      \
+  template int64_t gemm_scratch_bytes<T, Out>(const GemmShape&, int64_t);                        \
+  template void gemm(const GemmShape&, const Operand<T>&, const Operand<T>&, const float*, bool, \
+                     const Target<Out>&, void*, int64_t, const ParallelFor&);
+PYARCH_GEMM(float, float)
+PYARCH_GEMM(bfloat16, bfloat16)
+PYARCH_GEMM(bfloat16, float)
+PYARCH_GEMM(float16, float16)
+PYARCH_GEMM(float16, float)
+
+}  // namespace pyarch

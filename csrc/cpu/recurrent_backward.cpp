@@ -1,0 +1,440 @@
+// The backward pass: step after step back through time for the gates' gradients, then everything else as products over
+// all rows.
+//
+// A step turns the gradients of h and c into those of its gates and multiplies them by the packed recurrent weights,
+// which gives the gradient of the h before. A team's threads read each other's gate gradients; these go through two
+// buffers in turn. A row's gate gradients are blocks of H units: the gates in torch's order; for gru the hidden side's
+// n, r, z and the input side's n, so that either side's three lie side by side.
+#include "gemm.h"
+#include "recurrent_gates.h"
+#include "recurrent_plan.h"
+
+namespace pyarch {
+namespace {
+
+template <class T>
+class BackwardPass {
+ public:
+  BackwardPass(const RecurrentShape& shape, const RecurrentBackward<T>& args, void* scratch, int threads)
+      : shape_(shape),
+        args_(args),
+        threads_(threads),
+        steps_(shape),
+        plan_(plan_shards(shape, steps_, threads)) {
+    lay_out(scratch);
+  }
+
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+
+  void run(const ParallelFor& parallel) {
+    prepare(parallel);
+    switch (shape_.mode) {
+      case Mode::lstm:
+        take_steps<Mode::lstm>(parallel);
+        break;
+      case Mode::gru:
+        take_steps<Mode::gru>(parallel);
+        break;
+      case Mode::rnn_tanh:
+        take_steps<Mode::rnn_tanh>(parallel);
+        break;
+      case Mode::rnn_relu:
+        take_steps<Mode::rnn_relu>(parallel);
+        break;
+    }
+    for (int64_t d = 0; d < shape_.directions; ++d) {
+      multiply_inputs(d, parallel);
+      multiply_weights(d, parallel);
+      sum_biases(d);
+    }
+  }
+
+ private:
+  using Cell = operand_of<T>;
+
+  struct Direction {
+    Cell* gates[2];    // (B, padded G * H): the hidden side's, for the next product
+    float* carry_c;    // (B, H)
+    float* c0;         // (B, H)
+    T* grad_gates;     // (N, saved * H)
+    T* hidden_before;  // (N, P); null where rows of the output serve
+    // With a projection:
+    T* grad_hidden;           // (N, P): gradients of h
+    Cell* grad_hidden_cells;  // (B, padded P)
+    T* unprojected;           // (N, H): o tanh(c)
+    float* grad_unprojected;  // (B, padded H): gradients of it
+    Cell* w_hr;
+  };
+
+  int64_t gate_units() const { return shape_.gates() * shape_.hidden; }
+  int64_t saved_units() const { return shape_.saved() * shape_.hidden; }
+  // Where the input side's gates begin, and which gate is the hidden side's first.
+  int64_t input_side() const { return saved_units() - gate_units(); }
+  int64_t first_gate() const { return shape_.mode == Mode::gru ? 2 : 0; }
+  bool gathers() const { return shape_.batch_sizes || !std::is_same_v<T, float>; }
+  bool needs_w_hh(int64_t d) const { return args_.grad_weights[d].w_hh; }
+
+  // Units of h that a shard multiplies for: its own, or, with a projection, all of P.
+  int64_t product_units(const Shard& shard) const {
+    return shape_.has_projection ? shape_.projected : shard.units();
+  }
+  int64_t columns(const Shard& shard) const {
+    return Packed<Cell>::padded_columns(product_units(shard), width_);
+  }
+  int64_t unprojected_columns() const { return Packed<Cell>::padded_columns(shape_.hidden, width_); }
+  int64_t shared(const Shard& shard) const { return shard.direction * plan_.parts + shard.part; }
+
+  void lay_out(void* scratch) {
+    Arena arena(scratch);
+    const int64_t B = shape_.batch, H = shape_.hidden, P = shape_.projected, N = shape_.rows;
+    depth_ = Packed<Cell>::padded_depth(gate_units());
+    width_ = panel_width(plan_.most_rows, product_units(plan_.shards[0]));
+    projected_depth_ = Packed<Cell>::padded_depth(P);
+    for (int64_t d = 0; d < shape_.directions; ++d) {
+      Direction& direction = directions_[d];
+      for (Cell*& gates : direction.gates) gates = arena.take<Cell>(B * depth_);
+      direction.carry_c = arena.take<float>(B * H);
+      direction.c0 = arena.take<float>(B * H);
+      direction.grad_gates = arena.take<T>(N * saved_units());
+      if (gathers() && needs_w_hh(d)) direction.hidden_before = arena.take<T>(N * P);
+      if (shape_.has_projection) {
+        direction.grad_hidden = arena.take<T>(N * P);
+        direction.grad_hidden_cells = arena.take<Cell>(B * projected_depth_);
+        direction.unprojected = arena.take<T>(N * H);
+        direction.grad_unprojected = arena.take<float>(B * unprojected_columns());
+        direction.w_hr = arena.take<Cell>(projected_depth_ * unprojected_columns());
+      }
+    }
+    for (const Shard& shard : plan_.shards) {
+      carry_h_.push_back(arena.take<float>(shard.rows() * columns(shard)));
+      sums_.push_back(arena.take<float>(shape_.saved() * shard.gate_stride()));
+      if (shard.row_begin == 0) weights_.push_back(arena.take<Cell>(depth_ * columns(shard)));
+    }
+    lay_out_products(arena);
+    scratch_bytes_ = arena.used();
+  }
+
+  // The largest scratch of all products that follow the steps.
+  void lay_out_products(Arena& arena) {
+    const int64_t H = shape_.hidden, P = shape_.projected, I = shape_.input_size, N = shape_.rows,
+                  GH = gate_units();
+    int64_t bytes = 0;
+    for (const GemmShape& product : {GemmShape{N, I, GH},
+                                     {GH, I, N},
+                                     {GH, P, N},
+                                     {2 * H, P, N},
+                                     {H, P, N},
+                                     {P, H, N},
+                                     {GH, P, shape_.batch},
+                                     {2 * H, P, shape_.batch},
+                                     {H, P, shape_.batch}})
+      bytes = std::max(bytes, gemm_scratch_bytes<T, T>(product, threads_));
+    gemm_scratch_ = arena.take<std::byte>(bytes);
+  }
+
+  // -------------------------------------------------------------------------- before the first step
+
+  void prepare(const ParallelFor& parallel) {
+    const int64_t B = shape_.batch, H = shape_.hidden, P = shape_.projected;
+    for (int64_t d = 0; d < shape_.directions; ++d) {
+      Direction& direction = directions_[d];
+      for (Cell* gates : direction.gates) zero_cells(gates, B * depth_);
+      if (shape_.mode == Mode::lstm) {
+        copy_or_zero(direction.carry_c, args_.grad_c_n ? args_.grad_c_n + d * B * H : nullptr, B * H);
+        copy_or_zero(direction.c0, args_.c0 + d * B * H, B * H);
+      }
+      if (!shape_.has_projection) continue;
+      zero_cells(direction.grad_hidden_cells, B * projected_depth_);
+      pack_panels(direction.w_hr, P, 0, args_.weights[d].w_hr, H, H);
+    }
+    for (size_t s = 0; s < plan_.shards.size(); ++s) {
+      const Shard& shard = plan_.shards[s];
+      std::fill_n(sums_[s], shape_.saved() * shard.gate_stride(), 0.0f);
+      const int64_t first = shape_.has_projection ? 0 : shard.unit_begin;
+      for (int64_t r = 0; r < shard.rows(); ++r) {
+        const int64_t state = shard.direction * B + shard.row_begin + r;
+        copy_or_zero(carry_h_[s] + r * columns(shard),
+                     args_.grad_h_n ? args_.grad_h_n + state * P + first : nullptr, product_units(shard));
+      }
+    }
+    if (multiplies()) pack(parallel);
+  }
+
+  // Whether any step's product is of use: the last one only makes the gradient of h0.
+  bool multiplies() const { return shape_.steps > 1 || args_.grad_h0; }
+
+  static void zero_cells(Cell* cells, int64_t count) {
+    std::fill_n(reinterpret_cast<char*>(cells), count * sizeof(Cell), 0);
+  }
+  static void copy_or_zero(float* to, const T* from, int64_t count) {
+    if (!from) return void(std::fill_n(to, count, 0.0f));
+    for_lanes(count, [&](int64_t i, Mask mask) { store(to + i, load(from + i, mask), mask); });
+  }
+
+  void pack_panels(Cell* cells, int64_t depth, int64_t first, const T* source, int64_t stride,
+                   int64_t count) {
+    const int64_t panel = int64_t(width_) * LANES;
+    for (int64_t column = 0; column < count; column += panel)
+      pack_panel(cells + column * Packed<Cell>::padded_depth(depth), width_, depth, first, source + column,
+                 stride, std::min(panel, count - column));
+  }
+
+  // Tasks are panels of a shard.
+  void pack(const ParallelFor& parallel) {
+    struct Task {
+      Cell* cells;
+      const T* source;
+      int64_t count;
+    };
+    std::vector<Task> tasks;
+    const int64_t P = shape_.projected, panel = int64_t(width_) * LANES;
+    const int64_t first = first_gate() * shape_.hidden;
+    for (const Shard& shard : plan_.shards) {
+      if (shard.row_begin > 0) continue;
+      const T* source = args_.weights[shard.direction].w_hh + (shape_.has_projection ? 0 : shard.unit_begin);
+      for (int64_t column = 0; column < product_units(shard); column += panel)
+        tasks.push_back({weights_[shared(shard)] + column * depth_, source + column,
+                         std::min(panel, product_units(shard) - column)});
+    }
+    const auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task)
+        pack_panel(tasks[task].cells, width_, gate_units(), first, tasks[task].source, P, tasks[task].count);
+    };
+    if (worth_threads(shape_.directions * gate_units() * P * 4))
+      parallel(int64_t(tasks.size()), body);
+    else
+      body(0, int64_t(tasks.size()));
+  }
+
+  // -------------------------------------------------------------------------- steps
+
+  template <Mode MODE>
+  void take_steps(const ParallelFor& parallel) {
+    Team team(int64_t(plan_.shards.size()));
+    const auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t index = 0; index < shape_.steps; ++index) {
+        for (int64_t s = begin; s < end; ++s) {
+          find_gate_gradients<MODE>(s, index);
+          team.finish(s, index + 1);
+        }
+        if (index + 1 == shape_.steps && !args_.grad_h0) break;
+        for (int64_t s = begin; s < end; ++s) {
+          if (plan_.parts > 1) team.wait(plan_.shards[s].team_begin, plan_.shards[s].team_end, index + 1);
+          multiply_gates(s, index);
+        }
+      }
+      for (int64_t s = begin; s < end; ++s) write_initial_states(s);
+    };
+    if (plan_.shards.size() == 1)
+      body(0, 1);
+    else
+      team.run(parallel, body);
+  }
+
+  // The step that the `index`-th one back is.
+  int64_t step_back(int64_t d, int64_t index) const { return steps_.taken(d, shape_.steps - 1 - index); }
+
+  template <Mode MODE>
+  void find_gate_gradients(int64_t s, int64_t index) {
+    const Shard& shard = plan_.shards[s];
+    const Direction& direction = directions_[shard.direction];
+    const int64_t d = shard.direction, H = shape_.hidden, P = shape_.projected, D = shape_.directions;
+    const int64_t step = step_back(d, index), alive = shard.rows_alive(steps_, step);
+    const int64_t first = steps_.first(step) + shard.row_begin, unit = shard.unit_begin;
+    const bool projects = shape_.has_projection;
+    if (projects && alive > 0) unproject(s, alive, first);
+    for (int64_t r = 0; r < alive; ++r) {
+      const int64_t b = shard.row_begin + r, row = first + r, saved = d * shape_.rows + row;
+      const int64_t before = steps_.row_before(d, step, b);
+      const T* hidden_before =
+          before < 0 ? args_.h0 + (d * shape_.batch + b) * P : args_.output + before * D * P + d * P;
+      if (direction.hidden_before && shard.part == 0)
+        std::copy_n(hidden_before, P, direction.hidden_before + row * P);
+      BackwardRow<T> pointers{
+          .grad_output = args_.grad_output ? args_.grad_output + row * D * P + d * P + unit : nullptr,
+          .carry_h = carry_h_[s] + r * columns(shard),
+          .gates = args_.gates + saved * 4 * H + unit,
+          .hidden = args_.output + row * D * P + d * P + unit,
+          .hidden_before = hidden_before + unit,
+          .grad_gates = direction.grad_gates + row * saved_units() + unit,
+          .units = H,
+          .operand = direction.gates[index % 2] + b * depth_ + unit,
+          .sums = sums_[s],
+          .shard_units = shard.gate_stride()};
+      if constexpr (MODE == Mode::lstm) {
+        pointers.carry_c = direction.carry_c + b * H + unit;
+        pointers.cell = args_.cells + saved * H + unit;
+        pointers.cell_before =
+            unit + (before < 0 ? direction.c0 + b * H : args_.cells + (d * shape_.rows + before) * H);
+      }
+      if (projects) {
+        pointers.grad_output = nullptr;
+        pointers.carry_h = direction.grad_unprojected + b * unprojected_columns();
+        save_unprojected(pointers, direction.unprojected + row * H);
+      }
+      step_backward<MODE, T>(pointers, shard.units());
+    }
+  }
+
+  // Gradients of h through W_hr to those of o tanh(c).
+  void unproject(int64_t s, int64_t alive, int64_t first) {
+    const Shard& shard = plan_.shards[s];
+    const int64_t d = shard.direction, P = shape_.projected, D = shape_.directions,
+                  columns_h = unprojected_columns();
+    const Direction& direction = directions_[d];
+    Cell* cells = direction.grad_hidden_cells + shard.row_begin * projected_depth_;
+    for (int64_t r = 0; r < alive; ++r)
+      for_lanes(P, [&](int64_t p, Mask mask) {
+        float* carry = carry_h_[s] + r * columns(shard) + p;
+        Vec grad = load(carry, mask);
+        if (args_.grad_output)
+          grad = add(grad, load(args_.grad_output + (first + r) * D * P + d * P + p, mask));
+        store_hidden(direction.grad_hidden + (first + r) * P + p, cells + r * projected_depth_ + p, grad,
+                     mask);
+        store(carry, zero(), mask);
+      });
+    float* sums = direction.grad_unprojected + shard.row_begin * columns_h;
+    std::fill_n(sums, alive * columns_h, 0.0f);
+    multiply<Cell>(alive, {cells, projected_depth_, sums, columns_h, sums, columns_h},
+                   {direction.w_hr, projected_depth_ / PER_CELL<Cell>, columns_h, width_});
+  }
+
+  void save_unprojected(const BackwardRow<T>& row, T* to) {
+    for_lanes(shape_.hidden, [&](int64_t u, Mask mask) {
+      const Vec o = load(row.gates + 3 * row.units + u, mask);
+      store(to + u, mul(o, hyperbolic_tangent(load(row.cell + u, mask))), mask);
+    });
+  }
+
+  void multiply_gates(int64_t s, int64_t index) {
+    const Shard& shard = plan_.shards[s];
+    const int64_t d = shard.direction, alive = shard.rows_alive(steps_, step_back(d, index)),
+                  stride = columns(shard);
+    const Cell* gates = directions_[d].gates[index % 2] + shard.row_begin * depth_;
+    multiply<Cell>(alive, {gates, depth_, carry_h_[s], stride, carry_h_[s], stride},
+                   {weights_[shared(shard)], depth_ / PER_CELL<Cell>, stride, width_});
+  }
+
+  void write_initial_states(int64_t s) {
+    const Shard& shard = plan_.shards[s];
+    const int64_t d = shard.direction, P = shape_.projected, H = shape_.hidden;
+    const int64_t first = shape_.has_projection ? 0 : shard.unit_begin;
+    for (int64_t r = 0; r < shard.rows(); ++r) {
+      const int64_t b = shard.row_begin + r, state = d * shape_.batch + b;
+      if (args_.grad_h0)
+        round(args_.grad_h0 + state * P + first, carry_h_[s] + r * columns(shard), product_units(shard));
+      if (args_.grad_c0)
+        round(args_.grad_c0 + state * H + shard.unit_begin, directions_[d].carry_c + b * H + shard.unit_begin,
+              shard.units());
+    }
+  }
+
+  static void round(T* to, const float* from, int64_t count) {
+    for_lanes(count, [&](int64_t i, Mask mask) { store(to + i, load(from + i, mask), mask); });
+  }
+
+  // -------------------------------------------------------------------------- after the last step
+
+  void multiply_inputs(int64_t d, const ParallelFor& parallel) {
+    const int64_t I = shape_.input_size, GH = gate_units(), N = shape_.rows;
+    if (!args_.grad_input) return;
+    gemm<T, T>({N, I, GH}, {directions_[d].grad_gates + input_side(), saved_units(), 1},
+               {args_.weights[d].w_ih, I, 1}, nullptr, d > 0, {args_.grad_input, I}, gemm_scratch_, threads_,
+               parallel);
+  }
+
+  void multiply_weights(int64_t d, const ParallelFor& parallel) {
+    const Direction& direction = directions_[d];
+    const RecurrentGradients<T>& grads = args_.grad_weights[d];
+    const int64_t I = shape_.input_size, H = shape_.hidden, P = shape_.projected, GH = gate_units(),
+                  N = shape_.rows;
+    const T* gates = direction.grad_gates;
+    if (grads.w_ih)
+      gemm<T, T>({GH, I, N}, {gates + input_side(), 1, saved_units()}, {args_.input, I, 1}, nullptr, false,
+                 {grads.w_ih, I}, gemm_scratch_, threads_, parallel);
+    if (grads.w_hh && shape_.mode == Mode::gru) {
+      multiply_recurrent(d, gates, H, grads.w_hh + 2 * H * P, parallel);
+      multiply_recurrent(d, gates + H, 2 * H, grads.w_hh, parallel);
+    } else if (grads.w_hh) {
+      multiply_recurrent(d, gates, GH, grads.w_hh, parallel);
+    }
+    if (grads.w_hr)
+      gemm<T, T>({P, H, N}, {direction.grad_hidden, 1, P}, {direction.unprojected, H, 1}, nullptr, false,
+                 {grads.w_hr, H}, gemm_scratch_, threads_, parallel);
+  }
+
+  // Some gates' rows of dW_hh: their gradients times the h that each row started from.
+  void multiply_recurrent(int64_t d, const T* gates, int64_t units, T* grad, const ParallelFor& parallel) {
+    const int64_t P = shape_.projected, DP = shape_.directions * P, N = shape_.rows, B = shape_.batch;
+    const auto multiply_rows = [&](int64_t first, int64_t rows, const T* hidden, int64_t stride,
+                                   bool accumulate) {
+      gemm<T, T>({units, P, rows}, {gates + first * saved_units(), 1, saved_units()}, {hidden, stride, 1},
+                 nullptr, accumulate, {grad, P}, gemm_scratch_, threads_, parallel);
+    };
+    if (directions_[d].hidden_before) return multiply_rows(0, N, directions_[d].hidden_before, P, false);
+    const int64_t started = d ? N - B : 0, others = d ? 0 : B;
+    multiply_rows(started, B, args_.h0 + d * B * P, P, false);
+    if (N > B) multiply_rows(others, N - B, args_.output + d * P + (d ? B * DP : 0), DP, true);
+  }
+
+  // Over the tiles of sequences, in their order.
+  void sum_biases(int64_t d) {
+    const int64_t H = shape_.hidden;
+    const auto write = [&](T* grad, int64_t gate, int64_t block) {
+      if (!grad) return;
+      for (int64_t part = 0; part < plan_.parts; ++part) {
+        const Shard& shard = plan_.sample(d, part);
+        for_lanes(shard.units(), [&](int64_t u, Mask mask) {
+          Vec total = zero();
+          for (int64_t tile = 0; tile < plan_.tiles; ++tile) {
+            const int64_t s = (d * plan_.tiles + tile) * plan_.parts + part;
+            total = add(total, load(sums_[s] + block * shard.gate_stride() + u, mask));
+          }
+          store(grad + gate * H + shard.unit_begin + u, total, mask);
+        });
+      }
+    };
+    const int64_t G = shape_.gates();
+    for (int64_t gate = 0; gate < G; ++gate) {
+      write(args_.grad_weights[d].b_ih, gate, gate + shape_.saved() - G);
+      write(args_.grad_weights[d].b_hh, (gate + first_gate()) % G, gate);
+    }
+  }
+
+  const RecurrentShape& shape_;
+  const RecurrentBackward<T>& args_;
+  const int threads_;
+  const Steps steps_;
+  const Plan plan_;
+  Direction directions_[2] = {};
+  std::vector<float*> carry_h_;  // a shard: (rows, padded units)
+  std::vector<float*> sums_;     // a shard: (saved, padded units)
+  std::vector<Cell*> weights_;   // a direction and part
+  void* gemm_scratch_;
+  int width_;  // of all panels
+  int64_t depth_, projected_depth_, scratch_bytes_;
+};
+
+}  // namespace
+
+template <class T>
+int64_t recurrent_backward_scratch(const RecurrentShape& shape, const RecurrentBackward<T>& args,
+                                   int threads) {
+  return BackwardPass<T>(shape, args, nullptr, threads).scratch_bytes();
+}
+
+template <class T>
+void recurrent_backward(const RecurrentShape& shape, const RecurrentBackward<T>& args, void* scratch,
+                        int threads, const ParallelFor& parallel) {
+  BackwardPass<T>(shape, args, scratch, threads).run(parallel);
+}
+
+#define INSTANTIATE(T)                                                                                     \
+  template int64_t recurrent_backward_scratch<T>(const RecurrentShape&, const RecurrentBackward<T>&, int); \
+  template void recurrent_backward<T>(const RecurrentShape&, const RecurrentBackward<T>&, void*, int,      \
+                                      const ParallelFor&);
+INSTANTIATE(float)
+INSTANTIATE(bfloat16)
+INSTANTIATE(float16)
+
+}  // namespace pyarch

@@ -1,0 +1,100 @@
+// The product of one time step, C[rows, columns] = init + A[rows, depth] * W[depth, columns], on weights packed once a
+// call.
+//
+// Packed weights are panels of `width` vectors of columns; a panel holds, for each step of the depth, its vectors one
+// after another. A tile keeps rows * width accumulators in registers, so the width follows the number of rows. Sums run
+// in float32. Operands are floats, or, where the CPU multiplies them, pairs of bfloat16: one 32-bit cell either way, of
+// one or two steps of the depth.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <type_traits>
+
+#include "vec.h"
+
+namespace pyarch {
+
+// The operand in which elements T are multiplied.
+#if defined(__AVX512BF16__)
+template <class T>
+using operand_of = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float>;
+#else
+template <class T>
+using operand_of = float;
+#endif
+
+// Steps of the depth a 32-bit cell.
+template <class Operand>
+constexpr int64_t PER_CELL = 4 / sizeof(Operand);
+
+inline int64_t ceil_divide(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+inline int64_t round_up(int64_t value, int64_t unit) { return ceil_divide(value, unit) * unit; }
+
+// Vectors a panel, and the most rows of its tiles: as many accumulators as the registers hold beside the weights.
+struct PanelShape {
+  int width, rows;
+};
+#if defined(__AVX512F__)
+constexpr PanelShape PANEL_SHAPES[] = {{12, 1}, {8, 2}, {4, 6}, {3, 8}};
+#else
+constexpr PanelShape PANEL_SHAPES[] = {{12, 1}, {8, 1}, {4, 3}, {3, 4}};
+#endif
+
+// Of the panels whose tiles take all rows at once those that pad the columns least, of these the widest.
+inline int panel_width(int64_t rows, int64_t columns) {
+  int best = 0;
+  for (const PanelShape& shape : PANEL_SHAPES) {
+    const bool takes_all = rows <= shape.rows || &shape + 1 == std::end(PANEL_SHAPES);
+    if (takes_all && (!best || round_up(columns, shape.width * LANES) < round_up(columns, best * LANES)))
+      best = shape.width;
+  }
+  return best;
+}
+
+template <class Operand>
+struct Packed {
+  const Operand* cells;
+  int64_t depth;    // in cells
+  int64_t columns;  // a multiple of the panel's
+  int width;
+
+  static int64_t padded_columns(int64_t columns, int width) {
+    return round_up(columns, int64_t(width) * LANES);
+  }
+  static int64_t padded_depth(int64_t depth) { return round_up(depth, PER_CELL<Operand>); }
+};
+
+// C[r, :] = init[r, :] + A[r, :] * W. Rows of `init` may be one (init_stride 0) or C itself; C has all padded columns,
+// A all padded depth, zero where the weights are.
+template <class Operand>
+struct Product {
+  const Operand* a;
+  int64_t a_stride;
+  const float* init;
+  int64_t init_stride;
+  float* c;
+  int64_t c_stride;
+};
+template <class Operand>
+void multiply(int64_t rows, const Product<Operand>& product, const Packed<Operand>& weights);
+
+// Packs `count` columns from column `at` on, a multiple of LANES, of the matrix whose columns are rows of a source:
+// W[k, at + j] = source[j * stride + k].
+template <class T, class Operand>
+void pack_rows_as_columns(Operand* cells, int width, int64_t depth, int64_t at, const T* source,
+                          int64_t stride, int64_t count);
+
+// Packs one panel: W[k, j] = source[((k + first) % depth) * stride + j] for `count` columns, zero beyond.
+template <class T, class Operand>
+void pack_panel(Operand* cells, int width, int64_t depth, int64_t first, const T* source, int64_t stride,
+                int64_t count);
+
+// y[r, j] = bias[j] + sum_k x[r, k] * w[j, k] for `count` columns on unpacked weights: where they are read only a few
+// times. X is T or float.
+template <class X, class T>
+void multiply_unpacked(int64_t rows, const X* x, int64_t x_stride, const T* w, int64_t depth,
+                       const float* bias, int64_t count, float* y, int64_t y_stride);
+
+}  // namespace pyarch
