@@ -76,18 +76,61 @@ def _nominal_image(module: nn.Module) -> tuple[Tensor, ...]:
     weight = module.weight
     reaches = (d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     sizes = [max(_NOMINAL_SIZE, reach) for reach in reaches]
-    element = torch.empty((1,) * (2 + len(sizes)), dtype=weight.dtype, device=weight.device)
-    return (element.expand(1, module.in_channels, *sizes),)
+    return (_element_like(weight, 1, module.in_channels, *sizes),)
+
+
+def _nominal_sequence(module: nn.RNNBase) -> tuple[Tensor, ...]:
+    """One sequence (T, I) of the weights' kind that holds one element."""
+    return (_element_like(next(module.parameters()), _NOMINAL_SIZE, module.input_size),)
+
+
+def _nominal_step(module: nn.RNNCellBase) -> tuple[Tensor, ...]:
+    """One step (1, I) of the weights' kind that holds one element."""
+    return (_element_like(next(module.parameters()), 1, module.input_size),)
+
+
+def _element_like(weight: Tensor, *shape: int) -> Tensor:
+    return torch.empty((1,) * len(shape), dtype=weight.dtype, device=weight.device).expand(shape)
+
+
+# Methods of torch's recurrent layers beside forward that say what a call means.
+_RECURRENT_STEPS = frozenset(
+    {
+        "check_forward_args",
+        "check_hidden_size",
+        "check_input",
+        "get_expected_cell_size",
+        "get_expected_hidden_size",
+        "permute_hidden",
+        "_init_flat_weights",
+        "_update_flat_weights",
+        "_weights_have_changed",
+    }
+)
 
 
 def _convolution(stock: type[nn.Module], drop_in: type[DropIn]) -> Family:
     return Family(stock, drop_in, frozenset({"_conv_forward"}), _not_depthwise, _nominal_image)
 
 
+def _recurrent(stock: type[nn.Module], drop_in: type[DropIn]) -> Family:
+    return Family(stock, drop_in, _RECURRENT_STEPS, nominal=_nominal_sequence)
+
+
+def _cell(stock: type[nn.Module], drop_in: type[DropIn]) -> Family:
+    return Family(stock, drop_in, nominal=_nominal_step)
+
+
 FAMILIES = (
     _convolution(nn.Conv1d, ours.Conv1d),
     _convolution(nn.Conv2d, ours.Conv2d),
     _convolution(nn.Conv3d, ours.Conv3d),
+    _recurrent(nn.RNN, ours.RNN),
+    _recurrent(nn.LSTM, ours.LSTM),
+    _recurrent(nn.GRU, ours.GRU),
+    _cell(nn.RNNCell, ours.RNNCell),
+    _cell(nn.LSTMCell, ours.LSTMCell),
+    _cell(nn.GRUCell, ours.GRUCell),
 )
 
 
@@ -137,7 +180,8 @@ def expected_backend(module: nn.Module, family: Family, config: Config) -> tuple
         return requested, f"{requested} refuses: {refused}" if refused else ""
     kernels = [each for each in verdicts if each.backend not in ("torch", "reference")]
     if not kernels:
-        return "torch", f"{next(module.parameters()).dtype}: torch's own operator runs it directly"
+        weight = next(module.parameters())
+        return "torch", f"{weight.dtype} on {weight.device.type}: torch's own operator runs it directly"
     able = [each for each in kernels if not each.refusals]
     if able and able[0].concessions:
         return f"{able[0].backend} or torch, by shape", ""

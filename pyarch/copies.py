@@ -41,9 +41,11 @@ def duplicate(model: nn.Module, share_parameters: bool = False) -> nn.Module:
     memo: dict[int, object] = {}
     for module in model.modules():
         for value in vars(module).values():
-            # Such as the weight that the old weight_norm computes: torch refuses to copy it.
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+            # Such as the weight that weight_norm computes, also in a recurrent layer's list: torch refuses to
+            # copy it.
+            for each in value if isinstance(value, list) else (value,):
+                if isinstance(each, Tensor) and not each.is_leaf:
+                    memo[id(each)] = each.detach().clone()
     if share_parameters:
         memo.update((id(parameter), parameter) for parameter in model.parameters())
         return copy.deepcopy(model, memo)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyarch.copies import duplicate, same_randomness, swapped_layers
 from pyarch.dispatch import Backend, Call, Op, Verdict, recording, requested_backend
-from pyarch.nested import as_arguments, floating_tensors, map_tensors
+from pyarch.nested import as_arguments, floating_tensors, map_tensors, positional
 from pyarch.nn.drop_in import DropIn
 from pyarch.report import Table, as_json
 from pyarch.swap import checked_model, swap
@@ -114,13 +114,14 @@ def _explain_model(model: nn.Module, inputs: tuple) -> Explanation:
     handles = []
     for name, layer in layers.items():
 
-        def note(module: DropIn, args: tuple, name: str = name) -> None:
-            described = _described(args)
+        def note(module: DropIn, args: tuple, kwargs: dict, name: str = name) -> None:
+            given = positional(module, (args, kwargs))
+            described = _described(given)
             if (name, described) not in seen:
                 seen.add((name, described))
-                choices.extend(_choices_of_layer(name, described, module, args))
+                choices.extend(_choices_of_layer(name, described, module, given))
 
-        handles.append(layer.register_forward_pre_hook(note))
+        handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
     named = len(inputs) == 1 and isinstance(inputs[0], Mapping)
     args, kwargs = as_arguments(inputs[0] if named else inputs)
     with same_randomness(), torch.no_grad():

@@ -14,7 +14,8 @@ import torch
 
 import pyarch
 from pyarch import hardware, native
-from pyarch.ops.conv import FORWARD, ConvCall
+from pyarch.dispatch import BACKENDS, Backend, Call
+from pyarch.ops import conv, recurrent
 from pyarch.report import Table, as_json
 
 DISTRIBUTION = "pyarch-kernels"
@@ -109,28 +110,58 @@ def _gpus() -> tuple[str, ...]:
     )
 
 
+def _plain_conv(where: torch.device) -> conv.ConvCall:
+    shapes = (8, 96, 56, 56), (96, 1, 7, 7)
+    kind = where.type, hardware.architecture(where), torch.float32
+    return conv.ConvCall(*kind, *shapes, stride=(1, 1), padding=(3, 3, 3, 3), dilation=(1, 1))
+
+
+def _plain_lstm(where: torch.device) -> recurrent.RecurrentCall:
+    return recurrent.RecurrentCall(
+        where.type,
+        hardware.architecture(where),
+        torch.float32,
+        mode="lstm",
+        steps=128,
+        batch=16,
+        rows=128 * 16,
+        input_size=256,
+        hidden_size=256,
+        proj_size=0,
+        directions=1,
+        bias=True,
+        packed=False,
+        save=True,
+    )
+
+
+PLAIN_CALLS = {"depthwise_conv": (conv.FORWARD, _plain_conv), "recurrent": (recurrent.FORWARD, _plain_lstm)}
+
+
 def _backends() -> dict[str, str]:
-    """What each backend says of a plain float32 call on the device where it would run."""
+    """What each backend says of plain float32 calls on the device where it would run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     states = {}
-    for backend in FORWARD.backends:
-        where = torch.device("cpu") if backend.name == "cpu" else device
-        call = ConvCall(
-            where.type,
-            hardware.architecture(where),
-            torch.float32,
-            (8, 96, 56, 56),
-            (96, 1, 7, 7),
-            (1, 1),
-            (3, 3, 3, 3),
-            (1, 1),
-        )
-        try:
-            states[backend.name] = "; ".join(backend.refusals(call)) or AVAILABLE
-        except ValueError as error:
-            # A variable holds none of its choices; whoever asks for facts wants the others too.
-            states[backend.name] = str(error)
+    for name in BACKENDS:
+        where = torch.device("cpu") if name == "cpu" else device
+        said = {
+            operator: _state(backend, plain(where))
+            for operator, (op, plain) in PLAIN_CALLS.items()
+            for backend in op.backends
+            if backend.name == name
+        }
+        alike = len(set(said.values())) == 1
+        texts = said.values() if alike else (f"{operator}: {text}" for operator, text in said.items())
+        states[name] = "; ".join(dict.fromkeys(texts))
     return states
+
+
+def _state(backend: Backend, call: Call) -> str:
+    try:
+        return "; ".join(backend.refusals(call)) or AVAILABLE
+    except ValueError as error:
+        # A variable holds none of its choices; whoever asks for facts wants the others too.
+        return str(error)
 
 
 def _concerns_us(variable: str) -> bool:

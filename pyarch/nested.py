@@ -1,24 +1,29 @@
-"""The tensors inside what models take and give: tensors, tuples, lists, mappings, dataclasses."""
+"""The tensors inside what models take and give: by themselves and in tuples, lists, mappings, dataclasses and
+packed sequences.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 Arguments = tuple[tuple, dict]
 
 
-def as_arguments(inputs: Tensor | tuple | list | Mapping) -> Arguments:
+def as_arguments(inputs: Tensor | PackedSequence | tuple | list | Mapping) -> Arguments:
     """What a user calls inputs, as positional and named arguments of a forward.
 
     Raises:
-        TypeError: neither a tensor, nor a tuple or list of arguments, nor a mapping of named ones.
+        TypeError: neither a tensor or packed sequence, nor a tuple or list of arguments, nor a mapping of
+            named ones.
     """
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, Tensor | PackedSequence):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
@@ -29,9 +34,21 @@ def as_arguments(inputs: Tensor | tuple | list | Mapping) -> Arguments:
     )
 
 
+def positional(module: nn.Module, arguments: Arguments) -> tuple:
+    """The arguments of a call of `module`, those given by name too, in the order of its forward."""
+    args, kwargs = arguments
+    return inspect.signature(module.forward).bind(*args, **kwargs).args
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
-    """The same arguments with every tensor replaced."""
-    return pytree.tree_map_only(Tensor, function, arguments)
+    """The same arguments with every tensor replaced; of a packed sequence its data."""
+
+    def replaced(value: Tensor | PackedSequence) -> Tensor | PackedSequence:
+        if isinstance(value, PackedSequence):
+            return PackedSequence(function(value.data), *value[1:])
+        return function(value)
+
+    return pytree.tree_map_only((Tensor, PackedSequence), replaced, arguments)
 
 
 def floating_tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -39,6 +56,8 @@ def floating_tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield name, value
+    elif isinstance(value, PackedSequence):
+        yield from floating_tensors(value.data, f"{name}.data")
     elif isinstance(value, Mapping):
         for key, each in value.items():
             yield from floating_tensors(each, f"{name}[{key!r}]")

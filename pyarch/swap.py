@@ -36,6 +36,9 @@ def swap(
 ) -> SwapReport:
     """Make the layers of `model` that pyarch has kernels for run on them, in place.
 
+    What looks for layers by exact type, such as torch.ao.quantization.quantize_dynamic, finds swapped ones no
+    more: restore first.
+
     Args:
         model: any torch.nn.Module; a layer itself and a torch.compile'd model too.
         rules: pattern -> Config, or None to leave the layer alone; the first that fits decides. Patterns are
@@ -117,8 +120,8 @@ def checked_model(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"{type(model).__name__}: TorchScript holds compiled code, not layers; swap the model before "
-            "torch.jit.script or torch.jit.trace, or use torch.compile"
+            f"{type(model).__name__}: TorchScript holds compiled code, not layers; swap the model that it "
+            "was made from, and use torch.compile"
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap needs a torch.nn.Module, got {type(model).__name__}")
@@ -199,7 +202,8 @@ def _to_swap(found: _Found, config: Config) -> _Decision:
 def _obstacle(found: _Found, config: Config | None) -> Obstacle | None:
     """What keeps a layer from being swapped whatever the user wants."""
     if found.family is None:
-        return Obstacle("scripted", "a part compiled by TorchScript", "swap before torch.jit.script or trace")
+        hint = "swap what it was made from, and use torch.compile"
+        return Obstacle("scripted", "a part compiled by TorchScript", hint)
     if not isinstance(found.module, DropIn):
         return obstacle_to(found.module, found.family)
     hint = ""

@@ -17,7 +17,7 @@ from pyarch.copies import (
     silence_dropout,
     swapped_layers,
 )
-from pyarch.nested import Arguments, as_arguments, in_dtype
+from pyarch.nested import Arguments, as_arguments, in_dtype, positional
 from pyarch.nn.drop_in import DropIn
 from pyarch.observation import Observed, observing
 from pyarch.passes import Cotangents, EndToEnd, compare_end_to_end, compare_layer, run
@@ -204,7 +204,7 @@ def _why_not(layers: dict[str, DropIn], observed: dict[str, Observed]) -> str:
     for name, layer in layers.items():
         arguments = observed[name].arguments
         if arguments is not None:
-            verdicts = layer.explain(*arguments[0])["forward"]
+            verdicts = layer.explain(*positional(layer, arguments))["forward"]
             return " | ".join(f"{each.backend}: {each.reason}" for each in verdicts if each.reason)
     return "none of them was called"
 

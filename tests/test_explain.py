@@ -100,6 +100,18 @@ def test_explain_notes_every_shape_once_and_layers_never_called():
     assert found.never_called == ("idle",) and "never called: idle" in str(found)
 
 
+def test_explain_a_layer_called_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = depthwise()
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    assert [each.inputs for each in pyarch.explain(Named(), image()).choices] == ["2x4x9x9 float32"] * 2
+
+
 def test_explain_an_operator_runs_it_both_ways():
     x, weight = torch.randn(2, 4, 9), torch.randn(4, 1, 3)
     with pyarch.backend("reference"):

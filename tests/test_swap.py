@@ -176,10 +176,21 @@ def test_swap_leaves_what_where_refuses():
 
 
 def test_swap_refuses_torchscript():
-    with pytest.raises(TypeError, match="swap the model before torch.jit.script"):
+    with pytest.raises(TypeError, match="swap the model that it was made from, and use torch.compile"):
         pyarch.swap(torch.jit.script(net()))
     scripted_part = nn.Sequential(depthwise(), torch.jit.script(depthwise()))
     assert codes(pyarch.swap(scripted_part)) == {"1": "scripted"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated")
+def test_swap_a_swapped_model_is_scripted_after_restore():
+    model = net()
+    report = pyarch.swap(model)
+    with pytest.raises(TypeError, match="this Conv2d is pyarch's; restore the model first"):
+        torch.jit.script(model)
+    assert [each.name for each in report.swapped] == ["0", "3"] and type(model[3]) is pyarch.nn.Conv2d
+    report.restore()
+    torch.testing.assert_close(torch.jit.script(model)(x := image()), model(x))
 
 
 def test_swap_refuses_what_is_no_module():

@@ -1,18 +1,15 @@
 """Hugging Face models, randomly initialised: every depthwise layer is swapped, and nothing else changes.
 
-Four things keep the comparison with float64 meaningful on untrained networks:
+Beside the comparison of tests/whole_models.py three things keep it meaningful on untrained networks:
 
 - weights of standard deviation 0.1: at the usual 0.02 activations underflow, and zeros equal zeros;
 - batch statistics taken once, then evaluation mode: no dropout, no division by the spread of a few pixels;
-- SiLU in place of ReLU6, whose gradient jumps where an activation changes side by rounding;
-- one comparison over all gradients, each in units of its largest: the errors of two correct float32 runs are
-  more than a factor of two apart on some tensor of some model, but not over all of them together.
+- SiLU in place of ReLU6, whose gradient jumps where an activation changes side by rounding.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import os
 from dataclasses import dataclass, field
 
@@ -22,7 +19,7 @@ from torch import Tensor, nn
 
 import pyarch
 from pyarch import native
-from tests.compare import NEGLIGIBLE, check
+from tests.whole_models import check_run, layout, run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip(
@@ -122,12 +119,12 @@ def build(case: Case) -> nn.Module:
     for norm in norms:
         norm.train()
     with torch.no_grad():
-        model(inputs(case))
+        model(*inputs(case))
     return model.eval()
 
 
-def inputs(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(case.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+def inputs(case: Case) -> tuple[Tensor]:
+    return (torch.randn(case.shape, generator=torch.Generator().manual_seed(1)),)
 
 
 def executed_depthwise(model: nn.Module, case: Case) -> dict[str, nn.Module]:
@@ -139,52 +136,10 @@ def executed_depthwise(model: nn.Module, case: Case) -> dict[str, nn.Module]:
                 module.register_forward_hook(lambda layer, *_, name=name: found.update({name: layer}))
             )
     with torch.no_grad():
-        model(inputs(case))
+        model(*inputs(case))
     for handle in handles:
         handle.remove()
     return found
-
-
-def run(model: nn.Module, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The floating outputs of a model, and its gradients for random dense cotangents, by name."""
-    model = copy.deepcopy(model)
-    result = model(inputs(case, next(model.parameters()).dtype))
-    outputs = {name: value for name, value in result.items() if torch.is_tensor(value)}
-    generator = torch.Generator().manual_seed(2)
-    cotangents = [torch.randn(value.shape, generator=generator).to(value.dtype) for value in outputs.values()]
-    torch.autograd.backward(list(outputs.values()), cotangents)
-    gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-    return outputs, gradients
-
-
-def exponents(reference: dict[str, Tensor]) -> dict[str, int]:
-    """The power of two that brings each tensor to about 1; one negligible in its layer takes the layer's."""
-    largest = {name: tensor.abs().max().item() for name, tensor in reference.items()}
-    layer_largest: dict[str, float] = {}
-    for name, value in largest.items():
-        layer = name.rpartition(".")[0]
-        layer_largest[layer] = max(layer_largest.get(layer, 0.0), value)
-    result = {}
-    for name, value in largest.items():
-        scale = layer_largest[name.rpartition(".")[0]]
-        result[name] = math.frexp(scale if value < NEGLIGIBLE * scale else value)[1]
-    return result
-
-
-def joined(tensors: dict[str, Tensor], powers: dict[str, int]) -> Tensor:
-    """All tensors as one vector, each divided by its power of two, which rounds nothing."""
-    return torch.cat([(tensor * 2.0 ** -powers[name]).flatten() for name, tensor in tensors.items()])
-
-
-def check_run(ours: nn.Module, stock: nn.Module, case: Case) -> None:
-    """Hold the outputs and the gradients of a model to the rule of tests/compare.py."""
-    reference = run(copy.deepcopy(stock).double(), case)
-    for what, mine, torchs, exact in zip(
-        ("outputs", "gradients"), run(ours, case), run(stock, case), reference, strict=True
-    ):
-        assert list(mine) == list(torchs) == list(exact)
-        powers = exponents(exact)
-        check(f"{case} {what}", joined(mine, powers), joined(torchs, powers), joined(exact, powers))
 
 
 @each_case
@@ -199,7 +154,7 @@ def test_thirdparty_every_depthwise_layer_is_swapped(case):
         assert isinstance(module, (pyarch.nn.Conv1d, pyarch.nn.Conv2d))
         assert isinstance(module, classes[name]), "a swapped layer is still what its model checks for"
     with report.observe(), torch.no_grad():
-        model(inputs(case))
+        model(*inputs(case))
     assert not report.never_called
 
 
@@ -211,8 +166,8 @@ def test_thirdparty_outputs_and_gradients(case, backend):
     stock = build(case)
     ours = copy.deepcopy(stock)
     report = pyarch.swap(ours, backend=backend)
-    check_run(ours, stock, case)
-    _, gradients = run(ours, case)
+    check_run(str(case), ours, stock, inputs(case))
+    _, gradients = run(ours, inputs(case))
     assert all(gradients[f"{record.name}.weight"].count_nonzero() for record in report.swapped)
 
 
@@ -225,22 +180,19 @@ def test_thirdparty_check_sees_one_wrong_tap(case):
     with torch.no_grad():
         layer.weight[..., 0] *= 1.001
     with pytest.raises(AssertionError, match=f"{case.model}.* error"):
-        check_run(wrong, stock, case)
+        check_run(str(case), wrong, stock, inputs(case))
 
 
 @each_case
 def test_thirdparty_restore_is_exact(case):
     model = build(case)
 
-    def layout() -> list[tuple[str, type, list[str]]]:
-        return [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()]
-
-    before, layout_before = run(model, case), layout()
+    before, layout_before = run(model, inputs(case)), layout(model)
     report = pyarch.swap(model)
-    assert layout() != layout_before
+    assert layout(model) != layout_before
     report.restore()
-    assert layout() == layout_before
-    for mine, yours in zip(run(model, case), before, strict=True):
+    assert layout(model) == layout_before
+    for mine, yours in zip(run(model, inputs(case)), before, strict=True):
         assert list(mine) == list(yours)
         assert all(torch.equal(mine[name], yours[name]) for name in mine)
 

@@ -159,6 +159,20 @@ def test_verify_is_not_ok_without_a_kernel_of_ours(backend):
     assert problem.startswith("no layer ran a kernel of ours: ")
 
 
+def test_verify_quotes_the_backends_on_a_layer_called_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = depthwise()
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    with pyarch.backend("reference"):
+        (problem,) = verified(Named(), image()).problems
+    assert problem.startswith("no layer ran a kernel of ours: triton: ")
+
+
 def test_verify_is_not_ok_when_nothing_can_be_swapped():
     report = verified(nn.Sequential(nn.Conv2d(4, 4, 1)), image())
     assert report.problems == ("nothing to swap: not depthwise (groups != in_channels)",)

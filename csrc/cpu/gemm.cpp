@@ -1,8 +1,8 @@
 // Blocking and threads of matrix products; see gemm.h.
 //
-// C is divided among tasks. A task takes its rows in blocks: for each stretch of k it packs the block's strips of A (to
-// stay in the second-level cache), then each panel of B in turn (to stay in the first), which every strip meets while it
-// is there.
+// C is divided among tasks. A task takes its rows in blocks: for each stretch of k it packs the block's strips of A
+// (to stay in the second-level cache), then each panel of B in turn (to stay in the first), which every strip meets
+// while it is there.
 #include "gemm.h"
 
 #include <algorithm>
@@ -13,10 +13,10 @@ namespace pyarch {
 namespace {
 
 constexpr int64_t DEPTH = 256;                 // steps of k in a stretch
+constexpr int64_t ACROSS_STEPS = 16;           // of k that every group packs before the next
 constexpr int64_t BLOCK_BYTES = 640 * 1024;    // of packed A
 constexpr int64_t SUMS_BYTES = 1024 * 1024;    // of sums that wait for the next stretch
 constexpr int64_t TASK_PRODUCTS = 256 * 1024;  // multiply-adds that are worth a thread
-constexpr int64_t ACROSS_STEPS = 16;           // of k that all strips pack before the next
 constexpr int64_t ALIGNMENT = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -48,8 +48,8 @@ struct Stretches {
 
 // How a product is divided: tasks in a grid over C, each in blocks of rows and, where sums must wait, of panels.
 struct Plan {
-  int64_t row_tasks = 1, panel_tasks = 1;
-  int64_t row_blocks, panel_blocks;
+  int64_t row_tasks, panel_tasks;
+  int64_t row_blocks, panel_blocks = 1;
   Stretches stretches;
   bool keep_sums;
   int64_t strip_floats, panel_floats, a_floats, sum_floats;  // of scratch
@@ -58,43 +58,46 @@ struct Plan {
   int64_t task_floats() const { return a_floats + panel_floats + sum_floats; }
 };
 
-template <class T, class Out>
-Plan plan_of(const GemmShape& shape, int64_t threads) {
-  using S = Step<T>;
-  Plan plan;
+// The grid of tasks that is done soonest: its largest task multiplies and packs least.
+void divide_among_tasks(const GemmShape& shape, int64_t threads, Plan& plan) {
   const int64_t panels = ceil_div(shape.n, PANEL);
   const int64_t worth = std::max<int64_t>(1, shape.m * shape.n * shape.k / TASK_PRODUCTS);
   const int64_t tasks = std::min(threads, worth);
   int64_t least = INT64_MAX;
-  for (int64_t rows = 1; rows <= tasks; ++rows) {
-    const int64_t strips = ceil_div(largest_part(shape.m, rows), ROWS);
-    const int64_t columns = largest_part(panels, tasks / rows);
-    const int64_t cost = strips * columns * ROWS + strips * 4 + columns * 8;  // in cycles a step
+  for (int64_t row_tasks = 1; row_tasks <= tasks; ++row_tasks) {
+    const int64_t task_strips = ceil_div(largest_part(shape.m, row_tasks), ROWS);
+    const int64_t task_panels = largest_part(panels, tasks / row_tasks);
+    // In cycles a step of k: ROWS a tile, and what packing a strip or a panel takes.
+    const int64_t cost = task_strips * task_panels * ROWS + task_strips * 4 + task_panels * 8;
     if (cost >= least) continue;
     least = cost;
-    plan.row_tasks = rows;
-    plan.panel_tasks = tasks / rows;
+    plan.row_tasks = row_tasks;
+    plan.panel_tasks = tasks / row_tasks;
   }
+}
+
+template <class T, class Out>
+Plan plan_of(const GemmShape& shape, int64_t threads) {
+  using S = Step<T>;
+  Plan plan{};
+  divide_among_tasks(shape, threads, plan);
   plan.stretches = Stretches::of<S>(shape.k);
-  plan.keep_sums = sizeof(Out) < sizeof(float) && plan.stretches.count > 1;
 
   const int64_t steps = plan.stretches.elements / S::ELEMENTS;
   plan.strip_floats = steps * LANES;
   plan.panel_floats = steps * PANEL;
-  const int64_t task_strips = ceil_div(largest_part(shape.m, plan.row_tasks), ROWS);
-  const int64_t block_strips =
-      std::max<int64_t>(1, BLOCK_BYTES / int64_t(sizeof(float)) / std::max<int64_t>(1, plan.strip_floats));
-  plan.row_blocks = std::max<int64_t>(1, ceil_div(task_strips, block_strips));
-  const int64_t block_rows = largest_part(largest_part(shape.m, plan.row_tasks), plan.row_blocks);
+  const int64_t task_rows = largest_part(shape.m, plan.row_tasks);
+  const int64_t task_bytes = ceil_div(task_rows, ROWS) * plan.strip_floats * int64_t(sizeof(float));
+  plan.row_blocks = std::max<int64_t>(1, ceil_div(task_bytes, BLOCK_BYTES));
+  const int64_t block_rows = largest_part(task_rows, plan.row_blocks);
   plan.a_floats = ceil_div(block_rows, ROWS) * plan.strip_floats;
 
-  const int64_t task_panels = largest_part(panels, plan.panel_tasks);
-  const int64_t sums_of_panel = block_rows * PANEL;
-  plan.panel_blocks = 1;
-  plan.sum_floats = 0;
+  plan.keep_sums = sizeof(Out) < sizeof(float) && plan.stretches.count > 1;
   if (plan.keep_sums) {
-    plan.panel_blocks =
-        std::max<int64_t>(1, ceil_div(task_panels * sums_of_panel * int64_t(sizeof(float)), SUMS_BYTES));
+    const int64_t task_panels = largest_part(ceil_div(shape.n, PANEL), plan.panel_tasks);
+    const int64_t sums_of_panel = block_rows * PANEL;
+    const int64_t sums_bytes = task_panels * sums_of_panel * int64_t(sizeof(float));
+    plan.panel_blocks = std::max<int64_t>(1, ceil_div(sums_bytes, SUMS_BYTES));
     plan.sum_floats = largest_part(task_panels, plan.panel_blocks) * sums_of_panel;
   }
   return plan;
@@ -109,33 +112,39 @@ struct Product {
   Target<Out> c;
 };
 
-// The rows of one block over a stretch of k, packed strip by strip. Where k runs along columns of memory, all strips
-// take few elements at a time, so that a row of memory is read in one go.
-template <class T, class Out>
-void pack_strips(const Product<T, Out>& product, const Plan& plan, Part rows, Part depth, float* packed) {
-  using S = Step<T>;
-  const Operand<T>& a = product.a;
-  const int64_t strips = ceil_div(rows.size(), ROWS);
-  const int64_t at_once = a.column_stride == 1 ? plan.stretches.elements : ACROSS_STEPS * S::ELEMENTS;
+// Packs groups of lanes over a stretch of k; the lanes are the rows of `matrix`. Where neighbours in memory are
+// lanes, all groups take a few steps at a time, so that memory is read in long runs.
+template <class T, class FirstLane>
+void pack_groups(const Operand<T>& matrix, int64_t lanes, int64_t groups, FirstLane&& first_lane, Part depth,
+                 float* packed, int64_t group_floats, int64_t pitch) {
+  constexpr int E = Step<T>::ELEMENTS;
+  const int64_t at_once = matrix.column_stride == 1 ? depth.size() : ACROSS_STEPS * E;
   for (int64_t k = depth.begin; k < depth.end; k += at_once) {
-    for (int64_t s = 0; s < strips; ++s) {
-      const int64_t row = rows.begin + part(rows.size(), strips, s).begin;
-      pack<T>({a.data + row * a.row_stride + k * a.column_stride, a.row_stride, a.column_stride,
-               product.shape.m - row, std::min(at_once, depth.end - k)},
-              packed + s * plan.strip_floats + (k - depth.begin) / S::ELEMENTS * LANES, LANES);
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t lane = first_lane(group);
+      const T* const first = matrix.data + lane * matrix.row_stride + k * matrix.column_stride;
+      pack<T>(
+          {first, matrix.row_stride, matrix.column_stride, lanes - lane, std::min(at_once, depth.end - k)},
+          packed + group * group_floats + (k - depth.begin) / E * pitch, pitch);
     }
   }
 }
 
+// The rows of one block, strip by strip.
+template <class T, class Out>
+void pack_strips(const Product<T, Out>& product, const Plan& plan, Part rows, Part depth, float* packed) {
+  const int64_t strips = ceil_div(rows.size(), ROWS);
+  const auto first_row = [&](int64_t strip) { return rows.begin + part(rows.size(), strips, strip).begin; };
+  pack_groups(product.a, product.shape.m, strips, first_row, depth, packed, plan.strip_floats, LANES);
+}
+
+// The columns of one panel, vectors side by side.
 template <class T, class Out>
 void pack_panel(const Product<T, Out>& product, int64_t panel, Part depth, float* packed) {
-  for (int64_t column = panel * PANEL, group = 0; group < 2; ++group, column += LANES) {
-    if (column >= product.shape.n) break;
-    const T* const first =
-        product.b.data + depth.begin * product.b.row_stride + column * product.b.column_stride;
-    pack<T>({first, product.b.column_stride, product.b.row_stride, product.shape.n - column, depth.size()},
-            packed + group * LANES, PANEL);
-  }
+  const int64_t column = panel * PANEL, columns = std::min<int64_t>(PANEL, product.shape.n - column);
+  const auto first_column = [&](int64_t group) { return column + group * LANES; };
+  pack_groups(product.b.transposed(), product.shape.n, ceil_div(columns, LANES), first_column, depth, packed,
+              LANES, PANEL);
 }
 
 // One panel of B against every strip of the block.

@@ -1,8 +1,8 @@
 // Packed operands of a matrix product: what the micro-kernel reads, and how it is made.
 //
 // An operand is cut along m or n into groups of LANES lanes, and along k into steps of 32 bits: one float32, or two
-// neighbouring bfloat16 where the instruction set multiplies them in pairs. Packed, a group is one vector a step, at a
-// pitch, so that several groups can stand side by side. Elements beyond k are zero.
+// neighbouring bfloat16 where the instruction set multiplies them in pairs. Packed, a group is one vector a step,
+// at a pitch, so that several groups can stand side by side. Elements beyond k are zero.
 #pragma once
 
 #include <type_traits>
@@ -63,8 +63,8 @@ struct LaneGroup {
   int64_t elements;  // along k
 };
 
-// Writes one vector a step, `pitch` floats apart. LaneGroup beyond the operand get anything.
+// Writes one vector a step, `pitch` floats apart. Lanes that the operand has not get anything.
 template <class T>
-void pack(const LaneGroup<T>& lanes, float* packed, int64_t pitch);
+void pack(const LaneGroup<T>& group, float* packed, int64_t pitch);
 
 }  // namespace pyarch

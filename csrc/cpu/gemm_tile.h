@@ -1,7 +1,7 @@
 // The micro-kernel of matrix products: a tile of C held in registers over a stretch of k.
 //
-// The tile is up to ROWS rows of two vectors of columns. Each step loads the two vectors of B and multiplies them with
-// one broadcast step of A a row.
+// The tile is up to ROWS rows of two vectors of columns. Each step loads the two vectors of B and multiplies them
+// with one broadcast step of A a row.
 #pragma once
 
 #include "gemm_pack.h"

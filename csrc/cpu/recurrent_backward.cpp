@@ -12,6 +12,8 @@
 namespace pyarch {
 namespace {
 
+constexpr int64_t STEPS_A_SUM = 8;
+
 template <class T>
 class BackwardPass {
  public:
@@ -107,6 +109,7 @@ class BackwardPass {
     }
     for (const Shard& shard : plan_.shards) {
       carry_h_.push_back(arena.take<float>(shard.rows() * columns(shard)));
+      recent_sums_.push_back(arena.take<float>(shape_.saved() * shard.gate_stride()));
       sums_.push_back(arena.take<float>(shape_.saved() * shard.gate_stride()));
       if (shard.row_begin == 0) weights_.push_back(arena.take<Cell>(depth_ * columns(shard)));
     }
@@ -149,6 +152,7 @@ class BackwardPass {
     }
     for (size_t s = 0; s < plan_.shards.size(); ++s) {
       const Shard& shard = plan_.shards[s];
+      std::fill_n(recent_sums_[s], shape_.saved() * shard.gate_stride(), 0.0f);
       std::fill_n(sums_[s], shape_.saved() * shard.gate_stride(), 0.0f);
       const int64_t first = shape_.has_projection ? 0 : shard.unit_begin;
       for (int64_t r = 0; r < shard.rows(); ++r) {
@@ -242,7 +246,7 @@ class BackwardPass {
     const int64_t step = step_back(d, index), alive = shard.rows_alive(steps_, step);
     const int64_t first = steps_.first(step) + shard.row_begin, unit = shard.unit_begin;
     const bool projects = shape_.has_projection;
-    if (projects && alive > 0) unproject(s, alive, first);
+    if (projects && alive > 0) unproject(s, index, alive, first);
     for (int64_t r = 0; r < alive; ++r) {
       const int64_t b = shard.row_begin + r, row = first + r, saved = d * shape_.rows + row;
       const int64_t before = steps_.row_before(d, step, b);
@@ -259,7 +263,7 @@ class BackwardPass {
           .grad_gates = direction.grad_gates + row * saved_units() + unit,
           .units = H,
           .operand = direction.gates[index % 2] + b * depth_ + unit,
-          .sums = sums_[s],
+          .sums = recent_sums_[s],
           .shard_units = shard.gate_stride()};
       if constexpr (MODE == Mode::lstm) {
         pointers.carry_c = direction.carry_c + b * H + unit;
@@ -274,10 +278,20 @@ class BackwardPass {
       }
       step_backward<MODE, T>(pointers, shard.units());
     }
+    if (index % STEPS_A_SUM == STEPS_A_SUM - 1 || index + 1 == shape_.steps) keep_sums(s);
+  }
+
+  // Adds the last few steps' sums to the shard's: in one long row of additions small terms would be lost.
+  void keep_sums(int64_t s) {
+    const int64_t count = shape_.saved() * plan_.shards[s].gate_stride();
+    for (int64_t i = 0; i < count; i += LANES) {
+      store(sums_[s] + i, add(load(sums_[s] + i), load(recent_sums_[s] + i)));
+      store(recent_sums_[s] + i, zero());
+    }
   }
 
   // Gradients of h through W_hr to those of o tanh(c).
-  void unproject(int64_t s, int64_t alive, int64_t first) {
+  void unproject(int64_t s, int64_t index, int64_t alive, int64_t first) {
     const Shard& shard = plan_.shards[s];
     const int64_t d = shard.direction, P = shape_.projected, D = shape_.directions,
                   columns_h = unprojected_columns();
@@ -296,7 +310,7 @@ class BackwardPass {
     float* sums = direction.grad_unprojected + shard.row_begin * columns_h;
     std::fill_n(sums, alive * columns_h, 0.0f);
     multiply<Cell>(alive, {cells, projected_depth_, sums, columns_h, sums, columns_h},
-                   {direction.w_hr, projected_depth_ / PER_CELL<Cell>, columns_h, width_});
+                   {direction.w_hr, projected_depth_ / PER_CELL<Cell>, columns_h, width_}, index);
   }
 
   void save_unprojected(const BackwardRow<T>& row, T* to) {
@@ -312,7 +326,7 @@ class BackwardPass {
                   stride = columns(shard);
     const Cell* gates = directions_[d].gates[index % 2] + shard.row_begin * depth_;
     multiply<Cell>(alive, {gates, depth_, carry_h_[s], stride, carry_h_[s], stride},
-                   {weights_[shared(shard)], depth_ / PER_CELL<Cell>, stride, width_});
+                   {weights_[shared(shard)], depth_ / PER_CELL<Cell>, stride, width_}, index);
   }
 
   void write_initial_states(int64_t s) {
@@ -407,9 +421,9 @@ class BackwardPass {
   const Steps steps_;
   const Plan plan_;
   Direction directions_[2] = {};
-  std::vector<float*> carry_h_;  // a shard: (rows, padded units)
-  std::vector<float*> sums_;     // a shard: (saved, padded units)
-  std::vector<Cell*> weights_;   // a direction and part
+  std::vector<float*> carry_h_;             // a shard: (rows, padded units)
+  std::vector<float*> recent_sums_, sums_;  // a shard: (saved, padded units), of grad_gates
+  std::vector<Cell*> weights_;              // a direction and part
   void* gemm_scratch_;
   int width_;  // of all panels
   int64_t depth_, projected_depth_, scratch_bytes_;

@@ -9,7 +9,7 @@
 namespace pyarch {
 namespace {
 
-// Floats of input-side sums that are made at a time, where they are not made in place: they stay in the cache.
+// Floats of input-side sums that are made at a time: they stay in the cache until they are read.
 constexpr int64_t CHUNK_FLOATS = 1 << 18;
 
 template <class T>
@@ -56,9 +56,7 @@ class ForwardPass {
     depth_ = Packed<Cell>::padded_depth(shape_.projected);
     width_ = panel_width(plan_.most_rows, shape_.gates() * plan_.shards[0].gate_stride());
     in_place_ = std::is_same_v<T, float> && (shape_.saved() == 1 || args_.gates);
-    chunk_steps_ = shape_.steps;
-    if (!in_place_ && GH > 0 && B > 0)
-      chunk_steps_ = std::clamp<int64_t>(CHUNK_FLOATS / (GH * B), 1, shape_.steps);
+    chunk_steps_ = std::clamp<int64_t>(CHUNK_FLOATS / std::max<int64_t>(1, GH * B), 1, shape_.steps);
     for (int64_t d = 0; d < shape_.directions; ++d) {
       Direction& direction = directions_[d];
       direction.bias_ih = arena.take<float>(GH);
@@ -264,7 +262,7 @@ class ForwardPass {
     const float* bias = bias_[shared(shard)];
     if (plan_.packs)
       return multiply<Cell>(alive, {h, depth_, bias, 0, hidden_side_[s], c_stride},
-                            {weights_[shared(shard)], depth_ / PER_CELL<Cell>, c_stride, width_});
+                            {weights_[shared(shard)], depth_ / PER_CELL<Cell>, c_stride, width_}, index);
     const RecurrentWeights<T>& weights = args_.weights[d];
     const int64_t H = shape_.hidden, P = shape_.projected, I = shape_.input_size;
     for (int64_t gate = 0; gate < shape_.gates(); ++gate) {
@@ -285,7 +283,7 @@ class ForwardPass {
     multiply<Cell>(alive,
                    {direction.unprojected_cells + shard.row_begin * H, H, sums, projected_columns(), sums,
                     projected_columns()},
-                   {direction.w_hr, H / PER_CELL<Cell>, projected_columns(), width_});
+                   {direction.w_hr, H / PER_CELL<Cell>, projected_columns(), width_}, index);
     for (int64_t r = 0; r < alive; ++r) {
       T* output = args_.output + (first + r) * shape_.directions * P + d * P;
       Cell* next = direction.h[(index + 1) % 2] + (shard.row_begin + r) * depth_;

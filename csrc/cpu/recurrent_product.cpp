@@ -22,7 +22,7 @@ ALWAYS_INLINE Vec multiply_add(Vec a, Vec w, Vec sum, bfloat16) { return dot_pai
 
 // ------------------------------------------------------------------------------ tile
 
-// With few accumulators, steps of the depth go to two sets of them in turn: a multiply-add need not wait for the last.
+// `init` is added last: sums that began with it would be rounded to its size at every step. With few accumulators, steps of the depth go to two sets of them in turn: a multiply-add need not wait for the last.
 template <class Operand, int ROWS, int WIDTH>
 __attribute__((noinline)) void tile(int64_t depth, Product<Operand> product, const Operand* w) {
   constexpr int64_t CELL = PER_CELL<Operand>, STEP = WIDTH * LANES * CELL;
@@ -30,11 +30,8 @@ __attribute__((noinline)) void tile(int64_t depth, Product<Operand> product, con
   const auto [a_begin, a_stride, init, init_stride, c, c_stride] = product;
   const Operand* a = a_begin;
   Vec sums[SETS][ROWS][WIDTH];
-  unrolled<ROWS>([&](auto r) {
-    unrolled<WIDTH>([&](auto v) {
-      sums[0][r][v] = load(init + r * init_stride + v * LANES);
-      if constexpr (SETS == 2) sums[1][r][v] = zero();
-    });
+  unrolled<SETS>([&](auto set) {
+    unrolled<ROWS>([&](auto r) { unrolled<WIDTH>([&](auto v) { sums[set][r][v] = zero(); }); });
   });
   const auto step = [&](auto set) __attribute__((always_inline)) {
     Vec weights[WIDTH];
@@ -58,6 +55,7 @@ __attribute__((noinline)) void tile(int64_t depth, Product<Operand> product, con
     unrolled<WIDTH>([&](auto v) {
       Vec total = sums[0][r][v];
       if constexpr (SETS == 2) total = add(total, sums[1][r][v]);
+      total = add(total, load(init + r * init_stride + v * LANES));
       store(c + r * c_stride + v * LANES, total);
     });
   });
@@ -72,10 +70,13 @@ void tile_of_rows(int64_t rows, int64_t depth, const Product<Operand>& product, 
 }
 
 template <class Operand, int SHAPE>
-void multiply_panels(int64_t rows, const Product<Operand>& product, const Packed<Operand>& weights) {
+void multiply_panels(int64_t rows, const Product<Operand>& product, const Packed<Operand>& weights,
+                     int64_t turn) {
   constexpr PanelShape shape = PANEL_SHAPES[SHAPE];
   constexpr int64_t panel_columns = shape.width * LANES;
-  for (int64_t column = 0; column < weights.columns; column += panel_columns) {
+  const int64_t panels = weights.columns / panel_columns;
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t column = (turn % 2 ? panels - 1 - i : i) * panel_columns;
     const Operand* panel = weights.cells + column * weights.depth * PER_CELL<Operand>;
     for (int64_t row = 0; row < rows; row += shape.rows) {
       const Product<Operand> part{product.a + row * product.a_stride,
@@ -118,9 +119,10 @@ Vec cells_of_rows(const bfloat16* row, const bfloat16* next, int64_t count, bflo
 }  // namespace
 
 template <class Operand>
-void multiply(int64_t rows, const Product<Operand>& product, const Packed<Operand>& weights) {
+void multiply(int64_t rows, const Product<Operand>& product, const Packed<Operand>& weights, int64_t turn) {
   unrolled<std::size(PANEL_SHAPES)>([&](auto shape) {
-    if (weights.width == PANEL_SHAPES[shape].width) multiply_panels<Operand, shape>(rows, product, weights);
+    if (weights.width == PANEL_SHAPES[shape].width)
+      multiply_panels<Operand, shape>(rows, product, weights, turn);
   });
 }
 
@@ -201,7 +203,7 @@ void multiply_unpacked(int64_t rows, const X* x, int64_t x_stride, const T* w, i
   template void multiply_unpacked<X, T>(int64_t, const X*, int64_t, const T*, int64_t, const float*, \
                                         int64_t, float*, int64_t);
 #define INSTANTIATE_OPERAND(Operand) \
-  template void multiply<Operand>(int64_t, const Product<Operand>&, const Packed<Operand>&);
+  template void multiply<Operand>(int64_t, const Product<Operand>&, const Packed<Operand>&, int64_t);
 #define INSTANTIATE(T)                                                                                  \
   template void pack_rows_as_columns<T, operand_of<T>>(operand_of<T>*, int, int64_t, int64_t, const T*, \
                                                        int64_t, int64_t);                               \

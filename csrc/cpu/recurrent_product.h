@@ -67,7 +67,8 @@ struct Packed {
 };
 
 // C[r, :] = init[r, :] + A[r, :] * W. Rows of `init` may be one (init_stride 0) or C itself; C has all padded columns,
-// A all padded depth, zero where the weights are.
+// A all padded depth, zero where the weights are. Calls of every other `turn` visit the panels last to first: what the
+// call before left in the caches comes first.
 template <class Operand>
 struct Product {
   const Operand* a;
@@ -78,7 +79,7 @@ struct Product {
   int64_t c_stride;
 };
 template <class Operand>
-void multiply(int64_t rows, const Product<Operand>& product, const Packed<Operand>& weights);
+void multiply(int64_t rows, const Product<Operand>& product, const Packed<Operand>& weights, int64_t turn);
 
 // Packs `count` columns from column `at` on, a multiple of LANES, of the matrix whose columns are rows of a source:
 // W[k, at + j] = source[j * stride + k].

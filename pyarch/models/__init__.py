@@ -9,21 +9,40 @@ Each module of this package holds one architecture and offers the same six names
     batch(config, seed)         (inputs, target) of a synthetic task that it learns in seconds
     loss(output, target)        the scalar to minimise
 
+A module whose Config chooses between several architectures of the same sizes appears under several names.
 None of them knows pyarch: the layers are torch.nn's own until `pyarch.swap` re-types them.
 """
 
 import importlib
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 from torch import nn
 
-# Name -> module, in the order in which the demo shows them.
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a model is found: its module, and what its configurations change in REAL and TINY."""
+
+    module: str
+    choice: dict[str, str] = field(default_factory=dict)
+
+
+# In the order in which the demo shows them.
 MODELS = {
-    "convnext": "pyarch.models.convnext",
-    "mobilenet": "pyarch.models.mobilenet",
-    "aspp": "pyarch.models.aspp",
-    "conformer": "pyarch.models.conformer",
-    "mamba": "pyarch.models.mamba",
+    "convnext": Entry("pyarch.models.convnext"),
+    "mobilenet": Entry("pyarch.models.mobilenet"),
+    "aspp": Entry("pyarch.models.aspp"),
+    "conformer": Entry("pyarch.models.conformer"),
+    "mamba": Entry("pyarch.models.mamba"),
+    "rnn_language": Entry("pyarch.models.language", {"cell": "rnn"}),
+    "gru_language": Entry("pyarch.models.language", {"cell": "gru"}),
+    "lstm_language": Entry("pyarch.models.language", {"cell": "lstm"}),
+    "bilstm_classifier": Entry("pyarch.models.classifier"),
+    "bilstm_tagger": Entry("pyarch.models.tagger"),
+    "seq2seq": Entry("pyarch.models.seq2seq"),
+    "crnn": Entry("pyarch.models.crnn"),
+    "cnn_bilstm": Entry("pyarch.models.speech"),
 }
 
 # Size -> the name of the configuration in each module.
@@ -43,7 +62,7 @@ def load(name: str) -> ModuleType:
     """
     if name not in MODELS:
         raise ValueError(f"model={name!r} is not known, choose one of {', '.join(MODELS)}")
-    return importlib.import_module(MODELS[name])
+    return importlib.import_module(MODELS[name].module)
 
 
 def config(name: str, size: str = "real"):
@@ -54,7 +73,7 @@ def config(name: str, size: str = "real"):
     """
     if size not in SIZES:
         raise ValueError(f"size={size!r} is not known, choose one of {', '.join(SIZES)}")
-    return getattr(load(name), SIZES[size])
+    return replace(getattr(load(name), SIZES[size]), **MODELS[name].choice)
 
 
 def build(name: str, size: str = "real") -> nn.Module:

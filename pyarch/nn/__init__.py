@@ -2,5 +2,18 @@
 
 from pyarch.nn.config import Config
 from pyarch.nn.conv import Conv1d, Conv2d, Conv3d
+from pyarch.nn.recurrent import GRU, LSTM, RNN
+from pyarch.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
 
-__all__ = ["Config", "Conv1d", "Conv2d", "Conv3d"]
+__all__ = [
+    "Config",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
+    "RNN",
+    "RNNCell",
+]

@@ -46,6 +46,13 @@ class DropIn:
         """What each backend says of a call on `inputs`, for "forward" and "backward"."""
         raise NotImplementedError
 
+    def __prepare_scriptable__(self) -> DropIn:
+        """Called by torch.jit.script, which compiles the source of a layer and knows no operator of ours."""
+        raise TypeError(
+            f"torch.jit.script compiles only torch's own layers, and this {type(self).__name__} is pyarch's; "
+            "restore the model first (report.restore()), or use torch.compile"
+        )
+
     def __copy__(self) -> DropIn:
         duplicate = self.__class__.__new__(self.__class__)
         duplicate.__dict__.update(_without_compiled_call(self.__dict__))
@@ -63,6 +70,12 @@ class DropIn:
             return super().__reduce_ex__(protocol)
         state = {name: value for name, value in self.__getstate__().items() if name != CONFIG_ATTRIBUTE}
         return object.__new__, (stock,), state
+
+
+def left_to_torch(kind: str) -> dict[str, tuple[Verdict, ...]]:
+    """What `explain` says of a call that no operator of pyarch is asked for."""
+    only_stock = (Verdict("torch", (), (f"{kind}: torch's own operator runs it directly",)),)
+    return {"forward": only_stock, "backward": only_stock}
 
 
 def _without_compiled_call(state: dict) -> dict:
