@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks conv|import|audit|readme`."""
+"""Command line of the benchmarks: `python -m benchmarks conv|recurrent|import|readme|device|audit`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import signal
 import sys
 
 from benchmarks.environment import ALLOCATORS, INSTRUCTION_SETS
-from benchmarks.plan import Settings
+from benchmarks.plan import OPPONENTS, Settings
 from benchmarks.readme import ReadmeError
 from benchmarks.results import ResultsError
+from benchmarks.suites import SUITES, Suite
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 
@@ -31,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description="Microbenchmarks of pyarch beside stock torch."
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    add_conv(commands.add_parser("conv", help="depthwise convolution, stock and swapped modules in turn"))
+    for suite in SUITES.values():
+        add_suite(commands.add_parser(suite.name, help=suite.what), suite)
     add_import(commands.add_parser("import", help="what `import pyarch` adds to `import torch`"))
     add_readme(commands.add_parser("readme", help="regenerate the README's tables from committed results"))
     add_device(commands.add_parser("device", help="this machine's folder name under benchmarks/results"))
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def add_conv(command: argparse.ArgumentParser) -> None:
+def add_suite(command: argparse.ArgumentParser, suite: Suite) -> None:
     extent = command.add_mutually_exclusive_group()
     for name, what in (
         ("quick", "the table of cases, 0.3 s a pass"),
@@ -47,14 +49,15 @@ def add_conv(command: argparse.ArgumentParser) -> None:
         ("sweep", "a wide grid of shapes, worst first"),
     ):
         extent.add_argument(f"--{name}", dest="extent", action="store_const", const=name, help=what)
-    command.set_defaults(extent="table", start=start_conv)
+    command.set_defaults(extent="table", start=start_suite, suite=suite.name)
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="only cases of this dtype")
     command.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name holds TEXT")
-    command.add_argument(
-        "--pass", dest="passes", action="append", choices=("fwd", "bwd", "fwd+bwd"), default=[]
-    )
+    command.add_argument("--pass", dest="passes", action="append", choices=suite.all_passes, default=[])
     command.add_argument("--backend", choices=BACKENDS, default="auto")
+    command.add_argument(
+        "--vs", dest="versus", choices=OPPONENTS, default="eager", help="how the stock side runs"
+    )
     command.add_argument(
         "--allocator", choices=(*ALLOCATORS, "both"), default="steady", help="state of malloc"
     )
@@ -68,16 +71,18 @@ def add_conv(command: argparse.ArgumentParser) -> None:
     command.add_argument("--commit", help="the commit measured, where there is no git checkout")
 
 
-def start_conv(options: argparse.Namespace) -> int:
+def start_suite(options: argparse.Namespace) -> int:
     from benchmarks.run import run
 
     settings = Settings(
+        options.suite,
         extent=options.extent,
         device=options.device,
         dtype=options.dtype,
         filter=options.filter,
         passes=tuple(options.passes),
         backend=options.backend,
+        versus=options.versus,
         commit=options.commit,
         budget_seconds=options.budget,
     )

@@ -31,7 +31,8 @@ from pyarch.triton_kernels.launch import Launch, Requirement
 
 SCHEMA = 1
 WORKERS = 2
-OPERATORS = ("conv",)
+OPERATORS = ("conv", "recurrent", "recurrent_persistent")
+TILE_NAMES = ("TW", "GROUP", "STAGES", "UNITS", "RESIDENT")
 FIGURES = {
     "registers": int,
     "stack": int,
@@ -108,7 +109,7 @@ def described(launch: Launch) -> str:
 
 
 def tile_text(launch: Launch) -> str:
-    names = [name for name in launch.constants if name.startswith("BLOCK") or name in ("TW", "GROUP")]
+    names = [name for name in launch.constants if name.startswith("BLOCK") or name in TILE_NAMES]
     tile = " ".join(f"{name}={launch.constants[name]}" for name in names)
     return " ".join([tile, *(f"{name}={value}" for name, value in launch.options.items())])
 

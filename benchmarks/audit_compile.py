@@ -14,7 +14,13 @@ import torch
 from benchmarks.machine_code import amd_figures, nvidia_figures
 from pyarch.triton_kernels.launch import Launch
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 # The runtime tells AMD's compiler which tensors are smaller than this, for its buffer instructions.
 SMALL_TENSOR_BYTES = 2**31
 
@@ -67,8 +73,10 @@ def compile_figures(launch: Launch, backend: str, architecture: int | str, warp_
         options=dict(launch.options),
     )
     if backend == "hip":
-        return amd_figures(compiled.asm["amdgcn"])
-    figures = nvidia_figures(*(dump(compiled.asm["cubin"], option) for option in ("-res-usage", "-sass")))
+        figures = amd_figures(compiled.asm["amdgcn"])
+    else:
+        figures = nvidia_figures(*(dump(compiled.asm["cubin"], option) for option in ("-res-usage", "-sass")))
+    # The machine code does not show the shared memory that a launch adds, which is all that Triton uses.
     return figures | {"shared_bytes": compiled.metadata.shared}
 
 

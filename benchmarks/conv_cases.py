@@ -9,16 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-PASSES = ("fwd", "bwd", "fwd+bwd")
+from benchmarks.even_spread import evenly_spread
+from benchmarks.goals import Goal
+
+PASSES = {"cpu": ("fwd", "fwd+bwd"), "cuda": ("fwd", "bwd", "fwd+bwd")}
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a pass should reach: a "speedup" over stock, a "copy_share" of copy bandwidth, a time in "us"."""
-
-    metric: str
-    value: float
 
 
 @dataclass(frozen=True)
@@ -134,9 +129,10 @@ CUDA_TABLE = (
     ConvCase(8, 1024, (4096,), 4, padding=3),
 )
 
+TABLES = {"cpu": CPU_TABLE, "cuda": CUDA_TABLE}
+
 # A call so small that what is left is the Python around the kernel.
-OVERHEAD_CASE = ConvCase(1, 8, (4, 4), 3, padding=1)
-OVERHEAD_LIMIT_US = 15.0
+OVERHEAD_CASE = ConvCase(1, 8, (4, 4), 3, padding=1, goals={"overhead": Goal("added_us", 15.0)})
 
 SWEEP_AXES = {
     "size": (7, 8, 10, 12, 14, 17, 20, 24, 28, 33, 40, 49, 56, 64, 80, 97, 112),
@@ -156,31 +152,18 @@ SWEEP_MAX_ELEMENTS = 2_500_000
 SWEEP_MAX_PRODUCTS = 50_000_000
 
 
-def plastic_root(dimensions: int) -> float:
-    """Positive root of x^(d+1) = x + 1, which generates the evenly spread R_d sequence (M. Roberts, 2018)."""
-    root = 2.0
-    for _ in range(60):
-        root = (1.0 + root) ** (1.0 / (dimensions + 1))
-    return root
-
-
 def sweep_cases(count: int = SWEEP_COUNT) -> Iterator[ConvCase]:
     """Yield `count` distinct cases spread evenly over the product of SWEEP_AXES, the same ones every time."""
-    root = plastic_root(len(SWEEP_AXES))
     seen: set[str] = set()
-    step = 0
-    while len(seen) < count:
-        step += 1
-        place = {
-            name: values[int((0.5 + step * root ** -(axis + 1)) % 1.0 * len(values))]
-            for axis, (name, values) in enumerate(SWEEP_AXES.items())
-        }
+    for step, place in enumerate(evenly_spread(SWEEP_AXES), start=1):
         case = sweep_case(place, step)
         while not affordable(case) and case.batch > 1:
             case = replace(case, batch=case.batch // 2)
         if case.name not in seen and affordable(case):
             seen.add(case.name)
             yield case
+        if len(seen) == count:
+            return
 
 
 def sweep_case(place: dict, step: int) -> ConvCase:

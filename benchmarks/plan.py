@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from benchmarks.conv_cases import CPU_TABLE, CUDA_TABLE, OVERHEAD_CASE, ConvCase, sweep_cases
+from benchmarks.suites import SUITES, Suite
 
 # Seconds of timing for each pass of each case, per variant.
 BUDGETS = {"quick": 0.3, "table": 1.0, "full": 3.0, "sweep": 0.25}
-DEFAULT_PASSES = {"cpu": ("fwd", "fwd+bwd"), "cuda": ("fwd", "bwd", "fwd+bwd")}
+OPPONENTS = ("eager", "compile")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run that its measuring processes share."""
+    """The settings of a run that its measuring processes share; `versus` is how the stock side runs."""
 
+    suite_name: str
     extent: str = "table"
     device: str = "cpu"
     dtype: str | None = None
     filter: str = ""
     passes: tuple[str, ...] = ()
     backend: str = "auto"
+    versus: str = "eager"
     commit: str | None = None
     budget_seconds: float | None = None
+
+    @property
+    def suite(self) -> Suite:
+        return SUITES[self.suite_name]
 
     @property
     def budget(self) -> float:
@@ -31,7 +37,7 @@ class Settings:
 
     @property
     def chosen_passes(self) -> tuple[str, ...]:
-        return self.passes or DEFAULT_PASSES[self.device]
+        return self.passes or self.suite.passes[self.device]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -42,10 +48,10 @@ class Settings:
         return cls(**fields | {"passes": tuple(fields["passes"])})
 
 
-def selected_cases(settings: Settings) -> list[ConvCase]:
-    """The cases of the extent and device whose dtype and name agree with the settings, in order."""
-    table = CUDA_TABLE if settings.device == "cuda" else CPU_TABLE
-    cases = list(sweep_cases()) if settings.extent == "sweep" else list(table)
+def selected_cases(settings: Settings) -> list:
+    """The suite's cases of the extent and device whose dtype and name agree with the settings, in order."""
+    suite = settings.suite
+    cases = suite.sweep() if settings.extent == "sweep" else suite.tables[settings.device]
     return [
         case
         for case in cases
@@ -53,11 +59,9 @@ def selected_cases(settings: Settings) -> list[ConvCase]:
     ]
 
 
-def measures_overhead(settings: Settings) -> bool:
-    """Whether the run ends with the Python overhead of a tiny call (whole tables only)."""
-    named = f"overhead {OVERHEAD_CASE.name}"
-    return (
-        settings.extent != "sweep"
-        and settings.dtype in (None, OVERHEAD_CASE.dtype)
-        and settings.filter.lower() in named
-    )
+def overhead_case(settings: Settings):
+    """The tiny call whose Python overhead ends a run of a whole table, or None."""
+    case = settings.suite.overhead
+    if case is None or settings.extent == "sweep" or settings.dtype not in (None, case.dtype):
+        return None
+    return case if settings.filter.lower() in f"overhead {case.name}" else None

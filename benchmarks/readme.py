@@ -9,11 +9,13 @@ import difflib
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.markdown import markdown_table
+from benchmarks.suites import SUITES
 
 README = ROOT / "README.md"
 NOT_MEASURED = "Not measured yet."
@@ -62,11 +64,11 @@ def with_sections(text: str, sections: dict[str, Callable[[], str]]) -> str:
     return SECTION.sub(filled, text)
 
 
-def speed_section(on_gpu: bool, folder: Path = results.RESULTS) -> str:
-    """Speed of every device of one kind, from its newest committed results."""
+def speed_section(suite: str, on_gpu: bool, folder: Path = results.RESULTS) -> str:
+    """A suite's speed on every device of one kind, from its newest committed results."""
     documents = [
         document
-        for document in results.newest_per_device("conv", folder)
+        for document in results.newest_per_device(suite, folder)
         if bool(document["environment"]["gpu"]) == on_gpu
     ]
     return "\n\n".join(device_tables(document) for document in documents) or NOT_MEASURED
@@ -79,8 +81,8 @@ def device_tables(document: dict) -> str:
     for isa in instruction_sets:
         rows = [row for row in document["rows"] if row["isa"] == isa]
         ours_only = (
-            f"Our {isa} library beside torch under ATEN_CPU_CAPABILITY={isa} (which does not limit oneDNN, "
-            "torch's library for most convolutions):"
+            f"Our {isa} library beside torch under ATEN_CPU_CAPABILITY={isa} (which does not limit oneDNN "
+            "and MKL, torch's libraries for most convolutions and matrix products):"
         )
         parts += [ours_only] * (isa != "native") + [speed_table(rows)]
     return "\n\n".join(parts)
@@ -94,6 +96,22 @@ def provenance(environment: dict) -> str:
         f"{device}, {environment['threads']} threads, torch {environment['torch']}, "
         f"{environment['date'][:10]}, commit {environment['commit'][:12]}{dirty}. "
         "Median milliseconds a call, stock -> pyarch, and the median of the paired ratios."
+        f"{share_words(environment.get('ceilings', {}))}"
+    )
+
+
+def share_words(ceilings: dict[str, float]) -> str:
+    """What the percentages of a table are shares of, where it has any."""
+    rates = [
+        f"{ceilings[name]:.0f} GFLOP/s in {dtype}"
+        for name, dtype in (("matmul_fp32_gflop_per_s", "fp32"), ("matmul_bf16_gflop_per_s", "bf16"))
+        if name in ceilings
+    ]
+    if not rates:
+        return ""
+    return (
+        " The percentage is the rate of the layer's matrix products, as a share of the highest that torch.mm "
+        f"reached in the same run ({', '.join(rates)})."
     )
 
 
@@ -116,7 +134,12 @@ def speed_cell(row: dict | None, failed: bool) -> str:
     if row is None:
         return "failed" if failed else "-"
     stock, ours = (f"{row[side]['median_ms']:.3g}" for side in ("stock", "ours"))
-    return f"{stock} -> {ours}, **{row['speedup']['median']:.2f}x**"
+    words = [f"{stock} -> {ours}", f"**{row['speedup']['median']:.2f}x**"]
+    if "matmul_share" in row:
+        words.append(f"{row['matmul_share']:.0%}")
+    if "of_padded" in row:
+        words.append(f"{row['of_padded']['ours']['median']:.2f} of its time on a padded batch")
+    return ", ".join(words)
 
 
 def support_section() -> str:
@@ -126,7 +149,7 @@ def support_section() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "speed-cpu": lambda: speed_section(on_gpu=False),
-    "speed-gpu": lambda: speed_section(on_gpu=True),
-    "support": support_section,
-}
+    f"speed-{suite}-{kind}": partial(speed_section, suite, on_gpu=kind == "gpu")
+    for suite in SUITES
+    for kind in ("cpu", "gpu")
+} | {"support": support_section}

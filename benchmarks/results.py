@@ -59,24 +59,34 @@ def check_fields(path: str | Path, found: dict, required: dict[str, type], where
 
 def fault(path: str | Path, reason: str) -> ResultsError:
     return ResultsError(
-        f"results file {path}: {reason}; delete it and run `python -m benchmarks conv --json {path}`"
+        f"results file {path}: {reason}; delete it and run `python -m benchmarks SUITE --json {path}`"
     )
 
 
-def default_path(environment: dict) -> Path:
-    """Where a run is committed: benchmarks/results/<device>/<date>-<commit>.json."""
-    date, commit = environment["date"][:10], environment["commit"][:12]
-    return RESULTS / environment["device"] / f"{date}-{commit}.json"
+def default_path(document: dict) -> Path:
+    """Where a run is committed: results/<device>/<date>-<commit>-<suite>[-sweep][-compile].json."""
+    environment = document["environment"]
+    words = [environment["date"][:10], environment["commit"][:12], document["suite"]]
+    words += ["sweep"] * (document["extent"] == "sweep") + ["compile"] * (document["versus"] == "compile")
+    return RESULTS / environment["device"] / f"{'-'.join(words)}.json"
 
 
 def newest_per_device(suite: str, folder: Path = RESULTS) -> list[dict]:
-    """The latest results of `suite` for each device under `folder`, in order of device name."""
+    """The latest results of `suite`'s table for each device under `folder`, in order of device name.
+
+    Sweeps, and runs whose stock side was compiled, are kept beside them and are no tables.
+    """
     newest: dict[str, dict] = {}
     for path in sorted(folder.glob("*/*.json")):
         found = load(path)
         device = found["environment"]["device"]
-        if found["suite"] != suite:
+        if found["suite"] != suite or not is_table(found):
             continue
         if device not in newest or found["environment"]["date"] > newest[device]["environment"]["date"]:
             newest[device] = found
     return [newest[device] for device in sorted(newest)]
+
+
+def is_table(document: dict) -> bool:
+    """Whether a document holds the suite's table, against torch as it runs by default."""
+    return document.get("extent") != "sweep" and document.get("versus", "eager") == "eager"

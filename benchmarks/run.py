@@ -14,12 +14,12 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.environment import ROOT, process_environment
-from benchmarks.plan import Settings, measures_overhead, selected_cases
+from benchmarks.plan import Settings, overhead_case, selected_cases
 from benchmarks.table import print_results
 from benchmarks.worker import INTERRUPTED, failure_row
 
 # What differs between the processes of one run.
-VARIANT_FACTS = ("torch_cpu_capability", "cpu_kernels", "libraries", "allocator_variables", "copy_gb_per_s")
+VARIANT_FACTS = ("torch_cpu_capability", "cpu_kernels", "libraries", "allocator_variables", "ceilings")
 
 
 def run(
@@ -35,14 +35,15 @@ def run(
     Returns 0, 1 when a case failed, 2 when none was selected, 130 after Ctrl-C (finished rows are kept).
     """
     names = [case.name for case in selected_cases(settings)]
-    names += ["overhead"] * measures_overhead(settings)
+    names += ["overhead"] * (overhead_case(settings) is not None)
     if not names:
         print(f"no case agrees with filter={settings.filter!r}, dtype={settings.dtype}", file=sys.stderr)
         return 2
     document = {
         "schema": results.SCHEMA,
-        "suite": "conv",
+        "suite": settings.suite_name,
         "extent": settings.extent,
+        "versus": settings.versus,
         "environment": {},
         "rows": [],
     }
@@ -60,7 +61,7 @@ def run(
 
 
 def write_files(document: dict, json_path: str | None, save: bool) -> None:
-    paths = [json_path] * bool(json_path) + [results.default_path(document["environment"])] * save
+    paths = [json_path] * bool(json_path) + [results.default_path(document)] * save
     for path in paths:
         results.write(path, document)
         print(f"results written to {path}")

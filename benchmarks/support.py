@@ -10,7 +10,7 @@ import torch
 from benchmarks.markdown import markdown_table
 from pyarch import hardware, native
 from pyarch.dispatch import BACKENDS, Call, Op, Verdict
-from pyarch.ops.conv import BACKWARD, FORWARD, ConvCall
+from pyarch.ops import conv, recurrent
 
 # Each backend is asked about the device it is made for; the matrix must not depend on this machine's.
 DEVICES = {
@@ -54,10 +54,10 @@ def conv_call(
     padding_mode: str = "zeros",
     channels_last: bool = False,
     multiplier: int = 1,
-) -> ConvCall:
+) -> conv.ConvCall:
     """The metadata of a call with batch 8 and 96 channels, every spatial dimension alike."""
     dimensions = len(sizes)
-    return ConvCall(
+    return conv.ConvCall(
         device=device,
         architecture=architecture,
         dtype=dtype,
@@ -71,9 +71,71 @@ def conv_call(
     )
 
 
+# Features of a recurrent layer as changes of one plain LSTM call.
+RECURRENT_FEATURES: dict[str, dict] = {
+    "LSTM float32": {},
+    "LSTM bfloat16": {"dtype": torch.bfloat16},
+    "LSTM float16": {"dtype": torch.float16},
+    "LSTM float64": {"dtype": torch.float64},
+    "GRU": {"mode": "gru"},
+    "RNN tanh": {"mode": "rnn_tanh"},
+    "RNN relu": {"mode": "rnn_relu"},
+    "cell (1 step)": {"steps": 1},
+    "batch 1": {"batch": 1},
+    "hidden size 1025, batch 129": {"hidden": 1025, "batch": 129},
+    "bidirectional": {"directions": 2},
+    "proj_size": {"proj": 64},
+    "no biases": {"bias": False},
+    "packed sequences": {"packed": True},
+    "inference": {"save": False},
+}
+
+
+def recurrent_call(
+    device: str,
+    architecture: str,
+    dtype: torch.dtype = torch.float32,
+    mode: str = "lstm",
+    steps: int = 128,
+    batch: int = 16,
+    hidden: int = 256,
+    directions: int = 1,
+    proj: int = 0,
+    bias: bool = True,
+    packed: bool = False,
+    save: bool = True,
+) -> recurrent.RecurrentCall:
+    """The metadata of a layer's call with as many inputs as hidden units."""
+    return recurrent.RecurrentCall(
+        device=device,
+        architecture=architecture,
+        dtype=dtype,
+        mode=mode,
+        steps=steps,
+        batch=batch,
+        rows=steps * batch,
+        input_size=hidden,
+        hidden_size=hidden,
+        proj_size=proj,
+        directions=directions,
+        bias=bias,
+        packed=packed,
+        save=save,
+    )
+
+
 # Operator -> its passes, the features asked about, what builds a call from a device and a feature's changes.
 OPERATORS: dict[str, tuple[dict[str, Op], dict[str, dict], Callable[..., Call]]] = {
-    "depthwise_conv": ({"forward": FORWARD, "backward": BACKWARD}, CONV_FEATURES, conv_call),
+    "depthwise_conv": (
+        {"forward": conv.FORWARD, "backward": conv.BACKWARD},
+        CONV_FEATURES,
+        conv_call,
+    ),
+    "recurrent": (
+        {"forward": recurrent.FORWARD, "backward": recurrent.BACKWARD},
+        RECURRENT_FEATURES,
+        recurrent_call,
+    ),
 }
 
 

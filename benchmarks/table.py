@@ -6,19 +6,20 @@ from collections.abc import Callable
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
-WIDTH_ELSEWHERE = 190
-WIDE = 165
+from benchmarks.goals import goal_text
+
+WIDTH_ELSEWHERE = 240
 LOSS_BELOW = 0.95
 LOSS_OVER_US = 15.0
 SWEEP_ROWS_SHOWN = 40
 BUSY_SHARE = 0.5
-GOAL_FORMATS = {
-    "speedup": ">= {:g}x",
-    "copy_share": ">= {:.0%} copy",
-    "us": "<= {:g} us",
-    "added_us": "<= +{:g} us",
+CEILINGS = {
+    "copy_gb_per_s": "copy {:.1f} GB/s",
+    "matmul_fp32_gflop_per_s": "torch.mm fp32 {:.0f} GFLOP/s",
+    "matmul_bf16_gflop_per_s": "torch.mm bf16 {:.0f} GFLOP/s",
 }
 
 
@@ -32,7 +33,7 @@ def print_results(document: dict) -> None:
     sweep = document.get("extent") == "sweep"
     shown = sorted(measured, key=worst_first)[:SWEEP_ROWS_SHOWN] if sweep else beside_each_other(measured)
     if shown:
-        console.print(as_table(document, shown, console.width))
+        console.print(as_table(document, shown, console))
     for row in failures:
         console.print(
             f"FAILED {row['case']} [{row['allocator']}, {row['isa']}]: {row['failure']}", markup=False
@@ -42,25 +43,42 @@ def print_results(document: dict) -> None:
     console.print(sum_up(measured, failures, sweep), markup=False)
 
 
-def as_table(document: dict, rows: list[dict], width: int) -> Table:
-    table = Table(title=heading(document["environment"]), box=box.SIMPLE_HEAD)
-    columns = {title: cell for title, cell in COLUMNS.items() if width >= WIDE or title in NARROW_COLUMNS}
+def as_table(document: dict, rows: list[dict], console: Console) -> Table:
+    """The rows under every column that some row fills, or under the narrow ones where those do not fit."""
+    columns = {title: [cell(row) for row in rows] for title, cell in COLUMNS.items()}
+    filled = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
+    table = table_of(filled, heading(document))
+    unbounded = console.options.update(width=10 * WIDTH_ELSEWHERE)
+    if Measurement.get(console, unbounded, table).maximum <= console.width:
+        return table
+    return table_of({title: filled[title] for title in NARROW_COLUMNS if title in filled}, heading(document))
+
+
+def table_of(columns: dict[str, list[str]], caption: str) -> Table:
+    table = Table(title=caption, box=box.SIMPLE_HEAD)
     for title in columns:
         table.add_column(title, justify="left" if title in LEFT_COLUMNS else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     return table
 
 
-def heading(environment: dict) -> str:
+def heading(document: dict) -> str:
+    environment = document["environment"]
     gpu = environment["gpu"]
     device = gpu["name"] if gpu else f"{environment['cpu']['model']} ({environment['device']})"
     dirty = " with changes" if environment["dirty"] else ""
+    compiled = " (stock compiled)" if document.get("versus") == "compile" else ""
     return (
-        f"{device}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"copy {environment['copy_gb_per_s']:.1f} GB/s, "
+        f"{device}, {environment['threads']} threads, torch {environment['torch']}{compiled}, "
+        f"{ceiling_words(environment['ceilings'])}, "
         f"commit {environment['commit'][:12]}{dirty}, {environment['date']}"
     )
+
+
+def ceiling_words(ceilings: dict[str, float]) -> str:
+    """What the machine reaches at best, as measured in the run."""
+    return ", ".join(CEILINGS[name].format(figure) for name, figure in ceilings.items())
 
 
 def variant_lines(environment: dict) -> list[str]:
@@ -70,7 +88,7 @@ def variant_lines(environment: dict) -> list[str]:
     return busy * (load > BUSY_SHARE * cores) + [
         f"{each['allocator']}, {each['isa']}: pyarch of the {source_of(environment)}, CPU kernels "
         f"{each['cpu_kernels']}, torch {each['torch_cpu_capability']}, "
-        f"copy {each['copy_gb_per_s']:.1f} GB/s, libraries {', '.join(each['libraries'])}"
+        f"{ceiling_words(each['ceilings'])}, libraries {', '.join(each['libraries'])}"
         for each in environment["variants"]
     ]
 
@@ -90,7 +108,19 @@ def speedup_cell(row: dict) -> str:
 
 
 def goal_cell(row: dict) -> str:
-    return GOAL_FORMATS[row["goal"]["metric"]].format(row["goal"]["value"]) if row["goal"] else "-"
+    return goal_text(row["goal"]) if row["goal"] else "-"
+
+
+def figure_cell(name: str, form: str) -> Callable[[dict], str]:
+    """The cell of a figure that only some rows have."""
+    return lambda row: form.format(row[name]) if name in row else "-"
+
+
+def of_padded_cell(row: dict) -> str:
+    """Time on packed sequences over the same side's on a padded batch, ours beside stock's."""
+    if "of_padded" not in row:
+        return "-"
+    return " / ".join(f"{row['of_padded'][side]['median']:.2f}" for side in ("ours", "stock"))
 
 
 def error_cell(errors: dict) -> str:
@@ -111,8 +141,12 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "speedup [95 %]": speedup_cell,
     "goal": goal_cell,
     "met": lambda row: {True: "yes", False: "NO", None: "-"}[row["met"]],
-    "GB/s": lambda row: f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "-",
-    "of copy": lambda row: f"{row['copy_share']:.0%}" if "copy_share" in row else "-",
+    "GB/s": figure_cell("gb_per_s", "{:.1f}"),
+    "of copy": figure_cell("copy_share", "{:.0%}"),
+    "us/step": figure_cell("us_a_step", "{:.2f}"),
+    "GFLOP/s": figure_cell("gflop_per_s", "{:.3g}"),
+    "of mm": figure_cell("matmul_share", "{:.0%}"),
+    "of padded": of_padded_cell,
     "error ours / stock": lambda row: error_cell(row.get("error", {})),
     "backend": lambda row: ", ".join(row.get("backend", {}).values()) or "-",
 }

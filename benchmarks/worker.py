@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks import results
-from benchmarks.conv_cases import OVERHEAD_CASE
-from benchmarks.plan import Settings, measures_overhead, selected_cases
+from benchmarks.plan import Settings, overhead_case, selected_cases
 from benchmarks.progress import Progress
 
 INTERRUPTED = 130
@@ -24,7 +23,13 @@ PREFAULT_BYTES = 768 << 20
 def main(arguments: list[str]) -> int:
     settings, variant = Settings.from_json(arguments[0]), json.loads(arguments[1])
     path, first = arguments[2], int(arguments[3])
-    document = {"schema": results.SCHEMA, "suite": "conv", "environment": {}, "rows": [], "next": first}
+    document = {
+        "schema": results.SCHEMA,
+        "suite": settings.suite_name,
+        "environment": {},
+        "rows": [],
+        "next": first,
+    }
     try:
         tasks = prepare(settings, variant, document)
         with Progress(f"{variant['allocator']}, {variant['isa']}", len(tasks), first) as progress:
@@ -48,7 +53,6 @@ def prepare(settings: Settings, variant: dict, document: dict) -> list[tuple[str
     """Import torch and pyarch, note the environment, and return each task's name with what gives its rows."""
     import torch
 
-    from benchmarks.conv import ConvBenchmark
     from benchmarks.environment import describe
     from pyarch import dispatch
 
@@ -57,7 +61,7 @@ def prepare(settings: Settings, variant: dict, document: dict) -> list[tuple[str
     if variant["allocator"] == "steady":
         # Memory touched once and kept by malloc: page faults stay out of the times.
         torch.ones(PREFAULT_BYTES, dtype=torch.uint8)
-    benchmark = ConvBenchmark(settings.device, settings.budget)
+    benchmark = settings.suite.load()(settings.device, settings.budget, settings.versus)
 
     def task(measure: Callable[[], list[dict]]) -> Callable[[], list[dict]]:
         def run() -> list[dict]:
@@ -75,13 +79,11 @@ def prepare(settings: Settings, variant: dict, document: dict) -> list[tuple[str
     if settings.device == "cpu" and variant != GOALS_ARE_FOR:
         cases = [replace(case, goals={}) for case in cases]
     tasks = [(case.name, task(lambda case=case: case_rows(case, passes))) for case in cases]
-    if measures_overhead(settings):
-        row = {"case": OVERHEAD_CASE.name, "pass": "overhead"}
-        tasks.append(
-            (f"overhead {OVERHEAD_CASE.name}", task(lambda: [row | benchmark.overhead_row(OVERHEAD_CASE)]))
-        )
+    if (tiny := overhead_case(settings)) is not None:
+        row = {"case": tiny.name, "pass": "overhead"}
+        tasks.append((f"overhead {tiny.name}", task(lambda: [row | benchmark.overhead_row(tiny)])))
     document["environment"] = describe(settings.device, settings.commit) | {
-        "copy_gb_per_s": benchmark.copy_speed.beyond_cache(),
+        "ceilings": benchmark.ceilings(),
         "backend_asked": settings.backend,
     }
     return tasks

@@ -6,18 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
 
 import pyarch
-from benchmarks import conv, results, run, table
-from benchmarks.__main__ import main
+from benchmarks import benchmark, conv, results, run, table
+from benchmarks.__main__ import main, parser
 from benchmarks.conv_cases import (
     CPU_TABLE,
     CUDA_TABLE,
     OVERHEAD_CASE,
-    PASSES,
     SWEEP_AXES,
     SWEEP_COUNT,
     ConvCase,
@@ -31,18 +32,38 @@ from benchmarks.environment import (
     device_slug,
     process_environment,
 )
-from benchmarks.measure import Pairs, median_interval, paired_times, quantile, spread, summary
-from benchmarks.plan import Settings, selected_cases
-
-ALL_CASES = [*CPU_TABLE, *CUDA_TABLE, OVERHEAD_CASE, *sweep_cases()]
-
+from benchmarks.even_spread import evenly_spread
+from benchmarks.goals import METRICS, Goal, goal_text, is_met
+from benchmarks.matmul_speed import MatmulSpeed
+from benchmarks.measure import Pairs, cpu_timer, median_interval, paired_times, quantile, spread, summary
+from benchmarks.plan import Settings, overhead_case, selected_cases
+from benchmarks.suites import SUITES
+from benchmarks.twins import Twins
 
 # ---------------------------------------------------------------------------------------------------- cases
 
 
-def test_cases_have_names_of_their_own():
-    for cases in (CPU_TABLE, CUDA_TABLE, list(sweep_cases())):
-        assert len({case.name for case in cases}) == len(cases)
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_cases_have_names_of_their_own(suite):
+    for cases in (*suite.tables.values(), list(suite.sweep())):
+        assert len({case.name for case in cases}) == len(cases) > 0
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_goals_are_for_passes_that_are_measured(suite):
+    for device, cases in suite.tables.items():
+        assert any(case.goals for case in cases)
+        for case in cases:
+            assert set(case.goals) <= set(suite.passes[device])
+            assert all(goal.metric in METRICS for goal in case.goals.values())
+
+
+def test_evenly_spread_points_fill_every_cell_and_repeat_themselves():
+    axes = {"few": (1, 2, 3), "many": tuple(range(10))}
+    points = list(islice(evenly_spread(axes), 300))
+    assert points == list(islice(evenly_spread(axes), 300))
+    hits = Counter((point["few"], point["many"]) for point in points)
+    assert len(hits) == 30 and 6 <= min(hits.values()) and max(hits.values()) <= 14
 
 
 @pytest.mark.parametrize("case", [*CPU_TABLE, OVERHEAD_CASE], ids=lambda case: case.name)
@@ -55,9 +76,8 @@ def test_case_output_size_is_torchs(case):
 
 
 def test_every_table_case_has_goals_for_known_passes():
-    for case in (*CPU_TABLE, *CUDA_TABLE[:10]):
-        assert case.goals and set(case.goals) <= set(PASSES)
     assert all(set(case.goals) == {"fwd", "fwd+bwd"} for case in CPU_TABLE)
+    assert all(case.goals for case in CUDA_TABLE[:10])
 
 
 def test_minimum_bytes_counts_each_tensor_once():
@@ -82,15 +102,76 @@ def test_sweep_reaches_every_value_of_every_axis_and_repeats_itself():
 
 
 def test_selection_by_text_dtype_and_device():
-    chosen = selected_cases(Settings(filter="dil2", dtype="fp32"))
+    chosen = selected_cases(Settings("conv", filter="dil2", dtype="fp32"))
     assert [case.dilation for case in chosen] == [2, 2]
-    assert selected_cases(Settings(device="cuda"))[0] == CUDA_TABLE[0]
-    assert selected_cases(Settings(filter="no such case")) == []
+    assert selected_cases(Settings("conv", device="cuda"))[0] == CUDA_TABLE[0]
+    assert selected_cases(Settings("conv", filter="no such case")) == []
+    assert {case.mode for case in selected_cases(Settings("recurrent", filter="gru"))} == {"GRU"}
+
+
+def test_the_overhead_ends_whole_tables_of_suites_that_have_one():
+    assert overhead_case(Settings("conv")) is OVERHEAD_CASE
+    assert overhead_case(Settings("conv", filter="overhead")) is OVERHEAD_CASE
+    for other in (
+        {"extent": "sweep"},
+        {"dtype": "bf16"},
+        {"filter": "k31"},
+    ):
+        assert overhead_case(Settings("conv", **other)) is None
+    assert overhead_case(Settings("recurrent")) is None
 
 
 def test_settings_survive_their_json():
-    settings = Settings(extent="quick", passes=("fwd",), budget_seconds=0.5)
+    settings = Settings("recurrent", extent="quick", passes=("fwd",), budget_seconds=0.5, versus="compile")
     assert Settings.from_json(settings.to_json()) == settings
+
+
+def test_every_suite_is_a_command_that_takes_its_passes():
+    for name, suite in SUITES.items():
+        options = parser().parse_args([name, "--vs", "compile", "--pass", suite.all_passes[-1]])
+        assert (options.suite, options.versus, options.passes) == (name, "compile", suite.all_passes[-1:])
+        assert issubclass(suite.load(), benchmark.Benchmark)
+
+
+# ---------------------------------------------------------------------------------------------------- goals
+
+
+def row_of(backend: str, stock_ms: float = 2.0, ours_ms: float = 1.0) -> dict:
+    return {
+        "ours": {"median_ms": ours_ms},
+        "speedup": {"median": stock_ms / ours_ms},
+        "us_a_step": ours_ms * 10,
+        "of_padded": {"ours": {"median": ours_ms}, "stock": {"median": stock_ms}},
+        "backend": {"forward": backend, "backward": "cpu"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("goal", "just_met", "just_missed"),
+    [
+        (Goal("speedup", 2.0), row_of("cpu"), row_of("cpu", ours_ms=1.01)),
+        (Goal("us", 1000.0), row_of("cpu"), row_of("cpu", ours_ms=1.01)),
+        (Goal("us_a_step", 10.0), row_of("cpu"), row_of("cpu", ours_ms=1.01)),
+        (Goal("of_padded", 1.0), row_of("triton"), row_of("triton", ours_ms=1.01)),
+        (Goal("speedup", 1.0), row_of("torch", ours_ms=2.0), row_of("torch", ours_ms=2.01)),
+    ],
+    ids=lambda value: f"{value.metric} {value.value:g}" if isinstance(value, Goal) else "",
+)
+def test_a_goal_is_met_up_to_its_bound(goal, just_met, just_missed):
+    assert is_met(goal, just_met) is True
+    assert is_met(goal, just_missed) is False
+
+
+@pytest.mark.parametrize("served_by", ["torch", "stock", "reference", "cpu+torch"])
+def test_more_than_equal_speed_must_come_from_kernels_of_ours(served_by):
+    assert is_met(Goal("speedup", 1.5), row_of("cpu"))
+    assert not is_met(Goal("speedup", 1.5), row_of(served_by))
+    assert not is_met(Goal("of_padded", 1.1), row_of(served_by))
+
+
+def test_goals_are_told_in_words():
+    assert goal_text({"metric": "us_a_step", "value": 2.5}) == "<= 2.5 us/step"
+    assert goal_text({"metric": "copy_share", "value": 0.9}) == ">= 90% copy"
 
 
 # ----------------------------------------------------------------------------------------------- statistics
@@ -153,42 +234,77 @@ def test_stock_on_a_gpu_is_the_fastest_kernel_torch_lets_one_choose():
 # --------------------------------------------------------------------------------------------------- one case
 
 
-def small_pair() -> conv.Pair:
+RESULTS_OF_A_CONVOLUTION = ("output", "grad_input", "grad_weight", "grad_bias")
+
+
+def small_twins() -> Twins:
     return conv.build(ConvCase(2, 3, (9,), 3, padding=1), "cpu")
+
+
+def errors_of(twins: Twins, gradients: bool = True) -> tuple[dict, dict]:
+    return benchmark.errors_and_backends(twins, benchmark.exact_results(twins, gradients), gradients)
 
 
 def test_errors_name_every_result_and_the_backends():
     with pyarch.backend("reference"):
-        errors, backends = conv.errors_and_backends(small_pair())
-    assert tuple(errors) == conv.COMPARED
+        errors, backends = errors_of(small_twins())
+    assert tuple(errors) == RESULTS_OF_A_CONVOLUTION
     assert all(0 <= each["ours"] < 1e-5 and 0 <= each["stock"] < 1e-5 for each in errors.values())
     assert backends == {"forward": "reference", "backward": "reference"}
 
 
+def test_inference_is_judged_by_its_own_call():
+    twins = small_twins()
+    with pyarch.backend("reference"):
+        errors, backends = errors_of(twins, gradients=False)
+    assert tuple(errors) == ("output",)
+    assert backends == {"forward": "reference"}
+    assert not twins.stock.training and not twins.ours.training
+
+
 def test_wrong_results_of_ours_are_refused_not_timed():
-    pair = small_pair()
+    twins = small_twins()
     with torch.no_grad():
-        pair.ours.weight += 0.01
-    with pytest.raises(conv.WrongResult, match="output: error"):
-        conv.errors_and_backends(pair)
+        twins.ours.weight += 0.01
+    with pytest.raises(benchmark.WrongResult, match="output: error"):
+        errors_of(twins)
 
 
 def test_wrong_results_of_stock_do_not_excuse_ours(monkeypatch):
-    pair = small_pair()
-    honest = conv.outputs_and_gradients
+    twins = small_twins()
+    honest = benchmark.results
 
-    def stock_gives_nan(module, source, cotangent):
-        found = honest(module, source, cotangent)
-        return tuple(each * float("nan") for each in found) if module is pair.stock else found
+    def stock_gives_nan(asked, module, gradients):
+        found = honest(asked, module, gradients)
+        if module is not twins.stock:
+            return found
+        return {name: each * float("nan") for name, each in found.items()}
 
-    monkeypatch.setattr(conv, "outputs_and_gradients", stock_gives_nan)
-    errors, _ = conv.errors_and_backends(pair)
-    assert [each["stock"] for each in errors.values()] == [None] * 4
+    monkeypatch.setattr(benchmark, "results", stock_gives_nan)
+    errors, _ = errors_of(twins)
+    assert {name: each["stock"] for name, each in errors.items()} == dict.fromkeys(RESULTS_OF_A_CONVOLUTION)
     assert table.error_cell(errors).endswith("/ wrong")
     with torch.no_grad():
-        pair.ours.weight += 0.01
-    with pytest.raises(conv.WrongResult, match="output: error"):
-        conv.errors_and_backends(pair)
+        twins.ours.weight += 0.01
+    with pytest.raises(benchmark.WrongResult, match="output: error"):
+        errors_of(twins)
+
+
+def test_the_matmul_rate_is_that_of_the_best_size_at_its_shortest_time():
+    fastest = {8: 2e-6, 16: 4e-6}
+    sizes_timed = []
+
+    def timer(function, calls):
+        size = function().shape[0]
+        sizes_timed.append(size)
+        return fastest[size] * (1 + len(sizes_timed) % 3)
+
+    speed = MatmulSpeed("cpu", timer, sizes=(8, 16))
+    assert speed.of(torch.float32) == pytest.approx(2 * 16**3 / 4e-6 / 1e9)
+    assert set(sizes_timed) == {8, 16}
+    timed = len(sizes_timed)
+    assert speed.of(torch.float32) and len(sizes_timed) == timed
+    assert MatmulSpeed("cpu", cpu_timer, sizes=(8,)).of(torch.bfloat16) > 0
 
 
 # --------------------------------------------------------------------------------------------- environments
@@ -252,7 +368,7 @@ VARIANT = {"allocator": "steady", "isa": "native"}
 def test_a_process_that_dies_becomes_a_row_and_the_next_case_runs(monkeypatch):
     starts = scripted_processes(monkeypatch, (-11, part_of_run(1, "a")), (0, part_of_run(3, "c")))
     document = {"environment": {}, "rows": []}
-    assert run.measure_variant(Settings(), VARIANT, ["a", "b", "c"], document, {}) is False
+    assert run.measure_variant(Settings("conv"), VARIANT, ["a", "b", "c"], document, {}) is False
     assert starts == [0, 2]
     assert [row["case"] for row in document["rows"]] == ["a", "b", "c"]
     assert document["rows"][1]["failure"] == "the measuring process ended with status -11"
@@ -262,7 +378,7 @@ def test_a_process_that_dies_becomes_a_row_and_the_next_case_runs(monkeypatch):
 def test_a_process_that_cannot_start_is_one_row(monkeypatch):
     starts = scripted_processes(monkeypatch, (1, {"environment": {}, "rows": []}))
     document = {"environment": {}, "rows": []}
-    assert run.measure_variant(Settings(), VARIANT, ["a", "b"], document, {}) is False
+    assert run.measure_variant(Settings("conv"), VARIANT, ["a", "b"], document, {}) is False
     assert starts == [0]
     assert [(row["case"], row["isa"]) for row in document["rows"]] == [("start", "native")]
 
@@ -296,6 +412,8 @@ def test_a_tiny_run_writes_a_whole_results_file(tmp_path):
     assert done.returncode == 0, done.stderr
     document = results.load(path)
     assert document["environment"]["commit"] == "abc"
+    assert document["environment"]["ceilings"]["copy_gb_per_s"] > 0
+    assert (document["suite"], document["versus"]) == ("conv", "eager")
     assert [each["allocator"] for each in document["environment"]["variants"]] == ["steady", "default"]
     assert [(row["pass"], row["allocator"]) for row in document["rows"]] == [
         ("fwd", "steady"),
@@ -356,7 +474,7 @@ def test_interrupt_keeps_the_finished_rows(tmp_path, ending):
     assert "fwd" in finished
     assert process.returncode == 130
     rows = results.load(path)["rows"]
-    assert 1 <= len(rows) < len(selected_cases(Settings(filter="56^2 fp32")))
+    assert 1 <= len(rows) < len(selected_cases(Settings("conv", filter="56^2 fp32")))
 
 
 def test_no_selected_case_is_said(capsys):

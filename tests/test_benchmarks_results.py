@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
 from benchmarks import readme, results, support, table
 from benchmarks.__main__ import main
+from benchmarks.suites import SUITES
 from pyarch import hardware, native
 
 # -------------------------------------------------------------------------------------------- results files
@@ -30,7 +32,7 @@ def made_up_row(case="2-D k3", pass_name="fwd", allocator="steady", stock=4.0, o
     return row | fields
 
 
-def made_up_results(*rows, device="cpu-test-2c", date="2026-01-02T03:04:05+00:00", gpu=None):
+def made_up_results(*rows, device="cpu-test-2c", date="2026-01-02T03:04:05+00:00", gpu=None, **fields):
     environment = {
         "device": device,
         "date": date,
@@ -41,11 +43,28 @@ def made_up_results(*rows, device="cpu-test-2c", date="2026-01-02T03:04:05+00:00
         "gpu": gpu,
         "threads": 2,
         "torch": "2.13.0",
-        "copy_gb_per_s": 20.0,
+        "ceilings": {"copy_gb_per_s": 20.0},
         "pyarch": "clone",
         "variants": [],
     }
-    return {"schema": 1, "suite": "conv", "environment": environment, "rows": list(rows)}
+    document = {"schema": 1, "suite": "conv", "environment": environment, "rows": list(rows)}
+    return document | {"extent": "quick", "versus": "eager"} | fields
+
+
+RECURRENT_CEILINGS = {"matmul_fp32_gflop_per_s": 139.2, "matmul_bf16_gflop_per_s": 343.0}
+
+
+def made_up_recurrent_row(case="GRU T128 B16 H256 fp32", **fields):
+    row = made_up_row(case, **fields)
+    for name in ("gb_per_s", "copy_share"):
+        del row[name]
+    return row | {"us_a_step": 15.6, "gflop_per_s": 100.0, "matmul_share": 0.72}
+
+
+def made_up_recurrent_results(*rows, **fields):
+    document = made_up_results(*rows, suite="recurrent", **fields)
+    document["environment"]["ceilings"] = RECURRENT_CEILINGS
+    return document
 
 
 def test_results_come_back_as_written(tmp_path):
@@ -98,6 +117,33 @@ def test_the_newest_results_of_each_device_are_taken(tmp_path):
     assert results.newest_per_device("attention", tmp_path) == []
 
 
+def test_sweeps_and_compiled_opponents_are_not_taken_for_tables(tmp_path):
+    for year, fields in ((2024, {}), (2025, {"extent": "sweep"}), (2026, {"versus": "compile"})):
+        document = made_up_results(made_up_row(), date=f"{year}-01-01T00:00:00+00:00", **fields)
+        results.write(tmp_path / "cpu-test-2c" / f"{year}.json", document)
+    (newest,) = results.newest_per_device("conv", tmp_path)
+    assert newest["environment"]["date"].startswith("2024")
+
+
+def test_results_of_before_there_were_opponents_are_read(tmp_path):
+    document = made_up_results(made_up_row())
+    del document["versus"]
+    document["environment"]["copy_gb_per_s"] = document["environment"].pop("ceilings")["copy_gb_per_s"]
+    results.write(tmp_path / "cpu-test-2c" / "old.json", document)
+    assert results.newest_per_device("conv", tmp_path) == [document]
+    text = readme.speed_section("conv", on_gpu=False, folder=tmp_path)
+    assert "**2.00x** |" in text and "torch.mm" not in text
+
+
+def test_the_file_of_a_run_names_its_suite_extent_and_opponent():
+    def name(**fields):
+        return results.default_path(made_up_results(made_up_row(), **fields)).name
+
+    assert name() == "2026-01-02-0123456789ab-conv.json"
+    assert name(suite="recurrent", extent="sweep") == "2026-01-02-0123456789ab-recurrent-sweep.json"
+    assert name(versus="compile") == "2026-01-02-0123456789ab-conv-compile.json"
+
+
 def test_a_loss_needs_both_a_bad_ratio_and_lost_time():
     assert table.is_loss(made_up_row(stock=1.0, ours=1.1))
     assert not table.is_loss(made_up_row(stock=1.0, ours=1.04))
@@ -125,6 +171,39 @@ def test_the_table_of_a_run_says_met_missed_and_failed(capsys):
     assert "2.00 [2.00-2.00]" in text and "LOSS" in text and ">= 1.5x" in text
     assert "FAILED bad [steady, native]: ValueError: no" in text
     assert "2 rows, 1 losses" in text and "goals met 1 of 2; 1 failed" in text
+
+
+def test_the_table_shows_the_columns_that_a_suite_fills(capsys):
+    def titles(document):
+        table.print_results(document)
+        return next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("case"))
+
+    conv_titles = titles(made_up_results(made_up_row()))
+    assert "of copy" in conv_titles and "us/step" not in conv_titles
+    recurrent_titles = titles(made_up_recurrent_results(made_up_recurrent_row()))
+    assert "GFLOP/s" in recurrent_titles and "of mm" in recurrent_titles and "us/step" in recurrent_titles
+    assert "of copy" not in recurrent_titles and "of padded" not in recurrent_titles
+
+
+def test_a_narrow_terminal_shows_the_columns_that_fit():
+    document = made_up_results(made_up_row())
+
+    def titles(width):
+        console = Console(width=width)
+        return [column.header for column in table.as_table(document, document["rows"], console).columns]
+
+    assert titles(80) == list(table.NARROW_COLUMNS)
+    assert set(table.NARROW_COLUMNS) < set(titles(240))
+
+
+def test_the_table_of_recurrent_rows_holds_their_figures(capsys):
+    padded = {side: {"median": share} for side, share in (("ours", 0.65), ("stock", 2.2))}
+    row = made_up_recurrent_row(goal={"metric": "of_padded", "value": 1.1}) | {"of_padded": padded}
+    table.print_results(made_up_recurrent_results(row, versus="compile"))
+    text = capsys.readouterr().out
+    assert "<= 1.1 padded" in text and "0.65 / 2.20" in text
+    assert "15.60" in text and "72%" in text
+    assert "(stock compiled)" in text and "torch.mm fp32 139 GFLOP/s, torch.mm bf16 343 GFLOP/s" in text
 
 
 # --------------------------------------------------------------------------------------------------- README
@@ -174,19 +253,36 @@ def test_readme_speed_tables_put_allocators_beside_each_other(tmp_path):
         {"case": "bad", "pass": "all", "allocator": "steady", "isa": "native", "failure": "ValueError: no"},
     ]
     results.write(tmp_path / "cpu-test-2c" / "run.json", made_up_results(*rows))
-    text = readme.speed_section(on_gpu=False, folder=tmp_path)
+    text = readme.speed_section("conv", on_gpu=False, folder=tmp_path)
     assert "Test CPU (`cpu-test-2c`), 2 threads, torch 2.13.0, 2026-01-02, commit 0123456789ab." in text
     assert "| case | forward, steady allocator | forward, default allocator | forward + backward," in text
     assert "| 2-D k3 | 4 -> 2, **2.00x** | 9 -> 3, **3.00x** | 50 -> 5, **10.00x** |" in text
     assert "| bad | failed | failed | failed |" in text
-    assert readme.speed_section(on_gpu=True, folder=tmp_path) == readme.NOT_MEASURED
+    assert readme.speed_section("conv", on_gpu=True, folder=tmp_path) == readme.NOT_MEASURED
+    assert readme.speed_section("recurrent", on_gpu=False, folder=tmp_path) == readme.NOT_MEASURED
+
+
+def test_readme_speed_tables_of_recurrent_layers_say_what_they_are_a_share_of(tmp_path):
+    padded = {side: {"median": share} for side, share in (("ours", 0.65), ("stock", 2.2))}
+    rows = [made_up_recurrent_row(), made_up_recurrent_row("LSTM packed") | {"of_padded": padded}]
+    results.write(tmp_path / "cpu-test-2c" / "run.json", made_up_recurrent_results(*rows))
+    text = readme.speed_section("recurrent", on_gpu=False, folder=tmp_path)
+    assert "(139 GFLOP/s in fp32, 343 GFLOP/s in bf16)" in text
+    assert "| GRU T128 B16 H256 fp32 | 4 -> 2, **2.00x**, 72% |" in text
+    assert "| LSTM packed | 4 -> 2, **2.00x**, 72%, 0.65 of its time on a padded batch |" in text
+
+
+def test_readme_has_a_speed_section_for_every_suite_and_kind_of_device():
+    wanted = {f"speed-{suite}-{kind}" for suite in SUITES for kind in ("cpu", "gpu")}
+    assert wanted <= set(readme.SECTIONS)
+    assert set(readme.MARKER.findall(readme.README.read_text())) == set(readme.SECTIONS)
 
 
 def test_readme_over_a_corrupt_results_file_says_so_in_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "README.md").write_text("<!-- generated:speed-cpu -->\n<!-- end:speed-cpu -->\n")
+    (tmp_path / "README.md").write_text("<!-- generated:speed -->\n<!-- end:speed -->\n")
     (tmp_path / "cpu-test").mkdir()
     (tmp_path / "cpu-test" / "run.json").write_text("{")
-    sections = {"speed-cpu": lambda: readme.speed_section(on_gpu=False, folder=tmp_path)}
+    sections = {"speed": lambda: readme.speed_section("conv", on_gpu=False, folder=tmp_path)}
     monkeypatch.setattr(readme, "SECTIONS", sections)
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     assert main(["readme"]) == 2
@@ -198,6 +294,7 @@ def test_support_matrix_quotes_the_dispatchers_refusals():
     text = support.support_matrix()
     assert "| operator | feature | triton | cuda | cpu | torch | reference |" in text
     assert "| depthwise_conv | float32 | yes |" in text
+    assert "| recurrent | LSTM float32 |" in text
     assert "dtype torch.float64, needs float32, bfloat16 or float16" in text
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import pyarch
 from benchmarks.__main__ import parser as benchmarks_parser
 from pyarch import dispatch, hardware, native
 from pyarch.__main__ import _parser as pyarch_parser
@@ -83,7 +84,7 @@ def test_readme_and_contributing_name_make_targets_that_exist():
 
 
 @pytest.mark.parametrize(
-    "program, fewest", [("pyarch", {"info", "demo", "check"}), ("benchmarks", {"audit"})]
+    "program, fewest", [("pyarch", {"info", "demo", "check"}), ("benchmarks", {"audit", "conv", "recurrent"})]
 )
 def test_readme_commands_parse(program, fewest):
     commands = commands_of(program)
@@ -105,6 +106,13 @@ def test_readme_names_every_environment_variable():
     build_script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build_script)
     assert named["PYARCH_BUILD_EXT"] == build_script.BUILD_CHOICES
+
+
+def test_readme_says_of_each_layer_whether_it_is_there():
+    rows = re.findall(r"^\| (`[A-Z].*?) \|.*\| (yes|not yet) \|$", README, re.MULTILINE)
+    there = {name: status == "yes" for names, status in rows for name in re.findall(r"`(\w+)`", names)}
+    assert {"Conv1d", "LSTM", "GRUCell", "MultiheadAttention"} <= set(there)
+    assert there == {name: hasattr(pyarch.nn, name) for name in there}
 
 
 def test_readme_links_lead_somewhere():

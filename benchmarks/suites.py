@@ -1,0 +1,62 @@
+"""The suites of microbenchmarks as data: their cases, passes, and the class that measures them. No torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import conv_cases, recurrent_cases
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One operator family.
+
+    A case has `name`, `dtype` and `goals` (pass name -> Goal); the rest is between the cases and `benchmark`,
+    the "module:class" of a benchmarks.benchmark.Benchmark, imported in the measuring process alone. `tables`
+    and `passes` are by device; `overhead`, where there is one, is a call so small that only Python is left.
+    """
+
+    name: str
+    what: str
+    benchmark: str
+    tables: dict[str, tuple]
+    passes: dict[str, tuple[str, ...]]
+    sweep: Callable[[], Iterable]
+    overhead: Any = None
+
+    @property
+    def all_passes(self) -> list[str]:
+        """Every pass that some device times, in order."""
+        longest_first = sorted(self.passes.values(), key=len, reverse=True)
+        return list(dict.fromkeys(name for names in longest_first for name in names))
+
+    def load(self) -> type:
+        module, name = self.benchmark.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "conv",
+            "depthwise convolution, stock and swapped modules in turn",
+            "benchmarks.conv:ConvBenchmark",
+            conv_cases.TABLES,
+            conv_cases.PASSES,
+            conv_cases.sweep_cases,
+            conv_cases.OVERHEAD_CASE,
+        ),
+        Suite(
+            "recurrent",
+            "RNN, LSTM, GRU and their cells, stock and swapped modules in turn",
+            "benchmarks.recurrent:RecurrentBenchmark",
+            recurrent_cases.TABLES,
+            recurrent_cases.PASSES,
+            recurrent_cases.sweep_cases,
+        ),
+    )
+}
