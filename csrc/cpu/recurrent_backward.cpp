@@ -73,7 +73,7 @@ class BackwardPass {
   // Where the input side's gates begin, and which gate is the hidden side's first.
   int64_t input_side() const { return saved_units() - gate_units(); }
   int64_t first_gate() const { return shape_.mode == Mode::gru ? 2 : 0; }
-  bool gathers() const { return shape_.batch_sizes || !std::is_same_v<T, float>; }
+  bool gathers() const { return shape_.batch_sizes || !plan_.packs || !std::is_same_v<T, float>; }
   bool needs_w_hh(int64_t d) const { return args_.grad_weights[d].w_hh; }
 
   // Units of h that a shard multiplies for: its own, or, with a projection, all of P.
@@ -111,7 +111,8 @@ class BackwardPass {
       carry_h_.push_back(arena.take<float>(shard.rows() * columns(shard)));
       recent_sums_.push_back(arena.take<float>(shape_.saved() * shard.gate_stride()));
       sums_.push_back(arena.take<float>(shape_.saved() * shard.gate_stride()));
-      if (shard.row_begin == 0) weights_.push_back(arena.take<Cell>(depth_ * columns(shard)));
+      if (shard.row_begin == 0)
+        weights_.push_back(plan_.packs ? arena.take<Cell>(depth_ * columns(shard)) : nullptr);
     }
     lay_out_products(arena);
     scratch_bytes_ = arena.used();
@@ -161,7 +162,7 @@ class BackwardPass {
                      args_.grad_h_n ? args_.grad_h_n + state * P + first : nullptr, product_units(shard));
       }
     }
-    if (multiplies()) pack(parallel);
+    if (plan_.packs && multiplies()) pack(parallel);
   }
 
   // Whether any step's product is of use: the last one only makes the gradient of h0.
@@ -324,9 +325,20 @@ class BackwardPass {
     const Shard& shard = plan_.shards[s];
     const int64_t d = shard.direction, alive = shard.rows_alive(steps_, step_back(d, index)),
                   stride = columns(shard);
+    if (!plan_.packs)
+      return multiply_unpacked_columns(alive, unpacked_gates(s, index), saved_units(),
+                                       args_.weights[d].w_hh + shard.unit_begin, shape_.projected,
+                                       gate_units(), first_gate() * shape_.hidden, shard.units(), true,
+                                       carry_h_[s], stride);
     const Cell* gates = directions_[d].gates[index % 2] + shard.row_begin * depth_;
     multiply<Cell>(alive, {gates, depth_, carry_h_[s], stride, carry_h_[s], stride},
                    {weights_[shared(shard)], depth_ / PER_CELL<Cell>, stride, width_}, index);
+  }
+
+  const T* unpacked_gates(int64_t s, int64_t index) const {
+    const Shard& shard = plan_.shards[s];
+    const int64_t row = steps_.first(step_back(shard.direction, index)) + shard.row_begin;
+    return directions_[shard.direction].grad_gates + row * saved_units();
   }
 
   void write_initial_states(int64_t s) {
@@ -352,6 +364,9 @@ class BackwardPass {
   void multiply_inputs(int64_t d, const ParallelFor& parallel) {
     const int64_t I = shape_.input_size, GH = gate_units(), N = shape_.rows;
     if (!args_.grad_input) return;
+    if (!plan_.packs)
+      return multiply_unpacked_columns(N, directions_[d].grad_gates + input_side(), saved_units(),
+                                       args_.weights[d].w_ih, I, GH, 0, I, d > 0, args_.grad_input, I);
     gemm<T, T>({N, I, GH}, {directions_[d].grad_gates + input_side(), saved_units(), 1},
                {args_.weights[d].w_ih, I, 1}, nullptr, d > 0, {args_.grad_input, I}, gemm_scratch_, threads_,
                parallel);
@@ -363,7 +378,9 @@ class BackwardPass {
     const int64_t I = shape_.input_size, H = shape_.hidden, P = shape_.projected, GH = gate_units(),
                   N = shape_.rows;
     const T* gates = direction.grad_gates;
-    if (grads.w_ih)
+    if (grads.w_ih && !plan_.packs)
+      outer_products(N, gates + input_side(), saved_units(), GH, args_.input, I, I, grads.w_ih);
+    else if (grads.w_ih)
       gemm<T, T>({GH, I, N}, {gates + input_side(), 1, saved_units()}, {args_.input, I, 1}, nullptr, false,
                  {grads.w_ih, I}, gemm_scratch_, threads_, parallel);
     if (grads.w_hh && shape_.mode == Mode::gru) {
@@ -385,6 +402,8 @@ class BackwardPass {
       gemm<T, T>({units, P, rows}, {gates + first * saved_units(), 1, saved_units()}, {hidden, stride, 1},
                  nullptr, accumulate, {grad, P}, gemm_scratch_, threads_, parallel);
     };
+    if (!plan_.packs)
+      return outer_products(N, gates, saved_units(), units, directions_[d].hidden_before, P, P, grad);
     if (directions_[d].hidden_before) return multiply_rows(0, N, directions_[d].hidden_before, P, false);
     const int64_t started = d ? N - B : 0, others = d ? 0 : B;
     multiply_rows(started, B, args_.h0 + d * B * P, P, false);

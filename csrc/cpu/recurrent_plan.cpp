@@ -4,7 +4,9 @@ namespace pyarch {
 namespace {
 
 // Multiply-adds of a step below which waiting for another thread costs more than it saves.
-constexpr int64_t WORTH_WAITING = 60'000;
+constexpr int64_t WORTH_WAITING = 80'000;
+// The same where weights are used once, as they come: then memory is what a second thread adds, but it has to be woken.
+constexpr int64_t WORTH_WAKING = 200'000;
 // Units of a shard come in whole cache lines of 16-bit elements.
 constexpr int64_t UNIT_GRAIN = 32;
 // Sequences a tile at least: with fewer, weights are read too often for the sums they make.
@@ -29,13 +31,14 @@ Steps::Steps(const RecurrentShape& shape) : length_(shape.batch, shape.steps) {
 
 Plan plan_shards(const RecurrentShape& shape, const Steps& steps, int threads) {
   Plan plan;
-  plan.packs = shape.steps > 2 || shape.batch > 4;
+  plan.packs = shape.steps > 2 || shape.batch > 4 || shape.has_projection;
   const int64_t depth = shape.projected + (plan.packs ? 0 : shape.input_size);
   const int64_t step_work = shape.batch * shape.gates() * shape.hidden * depth;
   const int64_t free_threads = std::max<int64_t>(1, threads / shape.directions);
   plan.tiles = std::clamp<int64_t>(shape.batch / TILE_ROWS, 1, free_threads);
   plan.parts = shape.has_projection ? 1 : free_threads / plan.tiles;
-  plan.parts = std::clamp<int64_t>(plan.parts, 1, 1 + step_work / plan.tiles / WORTH_WAITING);
+  plan.parts = std::clamp<int64_t>(plan.parts, 1,
+                                   1 + step_work / plan.tiles / (plan.packs ? WORTH_WAITING : WORTH_WAKING));
   plan.parts = std::min(plan.parts, ceil_divide(shape.hidden, UNIT_GRAIN));
 
   // Tiles end where the sequences before make up their share of all rows.

@@ -199,6 +199,46 @@ void multiply_unpacked(int64_t rows, const X* x, int64_t x_stride, const T* w, i
                   bias + column, y + row * y_stride + column);
 }
 
+template <class T, class C>
+void multiply_unpacked_columns(int64_t rows, const T* a, int64_t a_stride, const T* w, int64_t w_stride,
+                               int64_t depth, int64_t first, int64_t count, bool accumulate, C* c,
+                               int64_t c_stride) {
+  constexpr int VECTORS = 4;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < count; column += VECTORS * LANES) {
+      Mask masks[VECTORS];
+      Vec sums[VECTORS];
+      unrolled<VECTORS>([&](auto v) {
+        masks[v] = first_lanes(std::max<int64_t>(0, count - column - v * LANES));
+        sums[v] = zero();
+      });
+      for (int64_t k = 0; k < depth; ++k) {
+        const Vec value = broadcast(to_float(a[row * a_stride + k]));
+        const int64_t from = k + first < depth ? k + first : k + first - depth;
+        const T* weights = w + from * w_stride + column;
+        unrolled<VECTORS>(
+            [&](auto v) { sums[v] = fma(value, load(weights + v * LANES, masks[v]), sums[v]); });
+      }
+      unrolled<VECTORS>([&](auto v) {
+        C* to = c + row * c_stride + column + v * LANES;
+        store(to, accumulate ? add(sums[v], load(to, masks[v])) : sums[v], masks[v]);
+      });
+    }
+}
+
+template <class T>
+void outer_products(int64_t rows, const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride,
+                    int64_t n, T* c) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; j += LANES) {
+      const Mask mask = first_lanes(n - j);
+      Vec sum = zero();
+      for (int64_t r = 0; r < rows; ++r)
+        sum = fma(broadcast(to_float(a[r * a_stride + i])), load(b + r * b_stride + j, mask), sum);
+      store(c + i * n + j, sum, mask);
+    }
+}
+
 #define INSTANTIATE_UNPACKED(X, T)                                                                   \
   template void multiply_unpacked<X, T>(int64_t, const X*, int64_t, const T*, int64_t, const float*, \
                                         int64_t, float*, int64_t);
@@ -209,7 +249,10 @@ void multiply_unpacked(int64_t rows, const X* x, int64_t x_stride, const T* w, i
                                                        int64_t, int64_t);                               \
   template void pack_panel<T, operand_of<T>>(operand_of<T>*, int, int64_t, int64_t, const T*, int64_t,  \
                                              int64_t);                                                  \
-  INSTANTIATE_UNPACKED(T, T)
+  INSTANTIATE_UNPACKED(T, T)                                                                            \
+  template void multiply_unpacked_columns<T, T>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, \
+                                                int64_t, int64_t, bool, T*, int64_t);                   \
+  template void outer_products<T>(int64_t, const T*, int64_t, int64_t, const T*, int64_t, int64_t, T*);
 INSTANTIATE_OPERAND(float)
 #if defined(__AVX512BF16__)
 INSTANTIATE_OPERAND(bfloat16)
@@ -218,6 +261,12 @@ INSTANTIATE(float)
 INSTANTIATE(bfloat16)
 INSTANTIATE(float16)
 INSTANTIATE_UNPACKED(float, float16)
+template void multiply_unpacked_columns<bfloat16, float>(int64_t, const bfloat16*, int64_t, const bfloat16*,
+                                                         int64_t, int64_t, int64_t, int64_t, bool, float*,
+                                                         int64_t);
+template void multiply_unpacked_columns<float16, float>(int64_t, const float16*, int64_t, const float16*,
+                                                        int64_t, int64_t, int64_t, int64_t, bool, float*,
+                                                        int64_t);
 #if !defined(__AVX512BF16__)
 INSTANTIATE_UNPACKED(float, bfloat16)
 #endif

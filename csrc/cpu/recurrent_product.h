@@ -98,4 +98,16 @@ template <class X, class T>
 void multiply_unpacked(int64_t rows, const X* x, int64_t x_stride, const T* w, int64_t depth,
                        const float* bias, int64_t count, float* y, int64_t y_stride);
 
+// c[r, j] = (accumulate ? c[r, j] : 0) + sum_k a[r, k] * w[(k + first) % depth, j] for `count` columns of unpacked
+// weights whose rows are `w_stride` apart.
+template <class T, class C>
+void multiply_unpacked_columns(int64_t rows, const T* a, int64_t a_stride, const T* w, int64_t w_stride,
+                               int64_t depth, int64_t first, int64_t count, bool accumulate, C* c,
+                               int64_t c_stride);
+
+// c[m, n] = sum_r a[r, m] * b[r, n] for a few rows r.
+template <class T>
+void outer_products(int64_t rows, const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride,
+                    int64_t n, T* c);
+
 }  // namespace pyarch
