@@ -66,6 +66,11 @@ def requested_backend() -> str:
     return "auto" if torch.compiler.is_compiling() else _requested.get()
 
 
+def settled_backend(name: str) -> str:
+    """A layer's or call's own choice, with "auto" giving way to an enclosing `backend(...)` block."""
+    return _requested.get() if name == "auto" else name
+
+
 def accepts_all(call: Call) -> Reasons:
     """The refusals (or concessions) of a backend that has none."""
     return iter(())
@@ -120,7 +125,7 @@ class Op:
         Raises:
             NotImplementedError: the requested backend refuses the call; the message holds all its reasons.
         """
-        requested = _requested.get() if requested == "auto" else requested
+        requested = settled_backend(requested)
         chosen = self._choices.get((call, requested))
         if chosen is None:
             if len(self._choices) >= _CACHED_CHOICES:
@@ -172,6 +177,11 @@ def _count_fallback(op: str, call: Call, chosen: Backend, verdicts: dict[Backend
 
 
 _recorder: Callable[[Op, Call, Backend], None] | None = None
+
+
+def is_recorded() -> bool:
+    """Whether somebody is told of every decision, so that none may be taken from memory."""
+    return _recorder is not None
 
 
 @contextmanager

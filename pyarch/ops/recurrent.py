@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from operator import or_
+from operator import attrgetter, or_
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import dropout as drop
 
-from pyarch.dispatch import Op, Verdict
+from pyarch.dispatch import Op, Verdict, settled_backend
 from pyarch.ops.recurrent_call import (
     BACKWARD,
     FORWARD,
@@ -29,7 +29,14 @@ from pyarch.ops.recurrent_call import (
     fits,
     remembered_fits,
 )
-from pyarch.ops.recurrent_layer import forward_layer, is_plain, packs, run_tracked_cell, run_tracked_layer
+from pyarch.ops.recurrent_layer import (
+    forward_layer,
+    is_ordinary,
+    is_plain,
+    packs,
+    run_tracked_cell,
+    run_tracked_layer,
+)
 from pyarch.ops.recurrent_torch import run_stock, run_stock_cell
 
 __all__ = [
@@ -86,16 +93,23 @@ def run(
         settings = has_biases, num_layers, dropout, training, bidirectional
         return run_stock(mode, input, hx, weights, batch_sizes, *settings)
 
-    tensors = _as_autocast_casts(mode, (input, *hx, *weights), batch_sizes is not None, False)
-    if tensors is None or not _carries(mode, tensors, len(hx), batch_sizes, num_layers, bidirectional):
-        return stock()
-    layers = _split(tensors, len(hx), num_layers, bidirectional)
-    saves = _saves(tensors[0], layers)
-    kernels = [None] * num_layers
-    if is_plain(tensors):
-        kernels = _choose_kernels(mode, tensors[0], layers, batch_sizes, saves, backend)
-        if all(kernel.name == "torch" for kernel in kernels):
+    tensors = input, *hx, *weights
+    like = _likeness(tensors, mode, backend, num_layers, bidirectional) if batch_sizes is None else None
+    known = _decided.get(like)
+    if known is None:
+        tensors = _as_autocast_casts(mode, tensors, batch_sizes is not None, False)
+        if tensors is None or not _carries(mode, tensors, len(hx), batch_sizes, num_layers, bidirectional):
             return stock()
+    layers = _split(tensors, len(hx), num_layers, bidirectional)
+    if known is None:
+        saves = _saves(tensors[0], layers)
+        kernels = [None] * num_layers
+        if is_plain(tensors):
+            kernels = _choose_kernels(mode, tensors[0], layers, batch_sizes, saves, backend)
+        known = _remember(like, (kernels, saves))
+    kernels, saves = known
+    if all(kernel is not None and kernel.name == "torch" for kernel in kernels):
+        return stock()
     output, of_states = tensors[0], []
     for index, ((h0, c0, own), save, kernel) in enumerate(zip(layers, saves, kernels, strict=True)):
         if index and dropout and training:
@@ -150,6 +164,29 @@ def _saves(input: Tensor, layers: list[tuple]) -> list[bool]:
     return list(accumulate(own, or_))
 
 
+def _likeness(tensors: tuple[Tensor, ...], *settings) -> tuple | None:
+    """What a plain eager call has in common with those that are decided as it is; None for any other call."""
+    if not is_ordinary(tensors):
+        return None
+    mode, backend, *others = settings
+    grad = torch.is_grad_enabled()
+    return mode, settled_backend(backend), grad, *others, *map(_KIND, tensors)
+
+
+def _remember(like: tuple | None, decided: tuple) -> tuple:
+    if like is not None:
+        if len(_decided) >= _MOST_REMEMBERED:
+            _decided.clear()
+        _decided[like] = decided
+    return decided
+
+
+# Decisions for calls that were checked and found good; a check of a small layer takes as long as its kernel.
+_decided: dict[tuple, tuple] = {}
+_MOST_REMEMBERED = 4096
+_KIND = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
+
+
 def _may_be_changed(mode: str, device: torch.device) -> bool:
     """Whether torch lets a user change its output in place before the backward."""
     return mode != "lstm" and device.type == "cpu"
@@ -176,22 +213,30 @@ def run_cell(
         hx: h, for an lstm also c, each (B, H) or (H,).
         weights: weight_ih, weight_hh, then bias_ih and bias_hh or neither.
     """
-    tensors = _as_autocast_casts(mode, (input, *hx, *weights), False, True)
-    layer = None if tensors is None else _one_step(mode, tensors, len(hx))
-    if layer is None:
-        return run_stock_cell(mode, input, hx, weights)
-    step, states, own = layer
-    h0, c0 = states if len(states) == 2 else (*states, None)
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    kernel = None
-    if is_plain(tensors):
-        kernel = FORWARD.choose(describe(mode, step, h0, own, None, save), backend)
-        if kernel.name == "torch":
+    tensors = input, *hx, *weights
+    like = _likeness(tensors, mode, backend, "cell")
+    known = _decided.get(like)
+    if known is None:
+        tensors = _as_autocast_casts(mode, tensors, False, True)
+        layer = None if tensors is None else _one_step(mode, tensors, len(hx))
+        if layer is None:
             return run_stock_cell(mode, input, hx, weights)
+        step, states, own = layer
+        save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        kernel = None
+        if is_plain(tensors):
+            kernel = FORWARD.choose(describe(mode, step, states[0], own, None, save), backend)
+        known = _remember(like, (kernel, save))
+    kernel, save = known
+    if kernel is not None and kernel.name == "torch":
+        return run_stock_cell(mode, input, hx, weights)
+    own = tensors[1 + len(hx) :]
     if save:
-        given = tensors[0], tensors[1], tensors[2] if c0 is not None else None
+        given = *tensors[: 1 + len(hx)], *(None,) * (2 - len(hx))
         results = run_tracked_cell(kernel, mode, backend, *given, *own)
         return results if isinstance(results, tuple) else (results,)
+    step, h0, *c0 = layered(tensors[: 1 + len(hx)])
+    c0 = c0[0] if c0 else None
     _, *new, _, _ = forward_layer(kernel, mode, step, h0, c0, own, None, False, backend)
     return tuple(state.view(old.shape) for state, old in zip(new, tensors[1 : 1 + len(hx)], strict=False))
 
@@ -203,12 +248,17 @@ def _one_step(mode: str, tensors, states: int):
     dimensions = tensors[0].dim()
     if dimensions not in (1, 2) or any(state.dim() != dimensions for state in tensors[1 : 1 + states]):
         return None
-    missing = (None,) * (3 - dimensions)
-    layered = [tensor[missing] for tensor in tensors[: 1 + states]]
+    step, *of_states = layered(tensors[: 1 + states])
     own = tensors[1 + states :]
-    if not _carries(mode, (*layered, *own), states, None, 1, False):
+    if not _carries(mode, (step, *of_states, *own), states, None, 1, False):
         return None
-    return layered[0], layered[1:], own
+    return step, of_states, own
+
+
+def layered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """(B, *) or (*,) as the operator's (1, B, *)."""
+    missing = (None,) * (3 - tensors[0].dim())
+    return [tensor[missing] for tensor in tensors]
 
 
 # -------------------------------------------------------------------------------- which calls are ours

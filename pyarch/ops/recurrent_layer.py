@@ -11,9 +11,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from pyarch.dispatch import Backend
+from pyarch.dispatch import Backend, is_recorded
 from pyarch.ops.recurrent_call import BACKWARD, FORWARD, describe
 from pyarch.reference import recurrent as reference
 from pyarch.reference.recurrent import GATES, SAVED_BLOCKS, Result
@@ -142,6 +143,17 @@ def is_plain(tensors: Iterable[Tensor]) -> bool:
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+def is_ordinary(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call is plain, nothing transforms or casts it, and nobody is told of its decision."""
+    return (
+        is_plain(tensors)
+        and not is_recorded()
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_any_autocast_enabled()
     )
 
 
