@@ -1,8 +1,8 @@
-// The backward pass: step after step back through time for the gates' gradients, then everything else as products over
-// all rows.
+// The backward pass: step after step back through time for the gates' gradients, and everything else as products over
+// the rows of many steps.
 //
 // A step turns the gradients of h and c into those of its gates and multiplies them by the packed recurrent weights,
-// which gives the gradient of the h before. A team's threads read each other's gate gradients; these go through two
+// which gives the gradient of the h before. After some steps, a chunk, their rows are added to the other gradients. A team's threads read each other's gate gradients; these go through two
 // buffers in turn. A row's gate gradients are blocks of H units: the gates in torch's order; for gru the hidden side's
 // n, r, z and the input side's n, so that either side's three lie side by side.
 #include "gemm.h"
@@ -12,7 +12,21 @@
 namespace pyarch {
 namespace {
 
+// Steps whose bias gradients are added up before they are added to the others'.
 constexpr int64_t STEPS_A_SUM = 8;
+// Rows of a chunk: so many that reading and writing the weights' gradients once a chunk takes little of its time.
+constexpr int64_t LEAST_CHUNK_ROWS = 128;
+constexpr int64_t chunk_rows(int64_t hidden) { return std::max(LEAST_CHUNK_ROWS, 2 * hidden); }
+
+struct RecurrentSums {
+  float *w_ih, *w_hh, *w_hr;
+};
+
+// Rows [begin, end) of a direction's chunk.
+struct Rows {
+  int64_t begin, end;
+  int64_t count() const { return end - begin; }
+};
 
 template <class T>
 class BackwardPass {
@@ -30,23 +44,17 @@ class BackwardPass {
 
   void run(const ParallelFor& parallel) {
     prepare(parallel);
-    switch (shape_.mode) {
-      case Mode::lstm:
-        take_steps<Mode::lstm>(parallel);
-        break;
-      case Mode::gru:
-        take_steps<Mode::gru>(parallel);
-        break;
-      case Mode::rnn_tanh:
-        take_steps<Mode::rnn_tanh>(parallel);
-        break;
-      case Mode::rnn_relu:
-        take_steps<Mode::rnn_relu>(parallel);
-        break;
+    for (int64_t from = 0; from < shape_.steps; from += chunk_steps_) {
+      const int64_t to = std::min(shape_.steps, from + chunk_steps_);
+      take_steps(from, to, parallel);
+      for (int64_t d = 0; d < shape_.directions; ++d) {
+        const Rows rows = rows_of(d, from, to);
+        multiply_inputs(d, rows, parallel);
+        multiply_weights(d, rows, from > 0, parallel);
+      }
     }
     for (int64_t d = 0; d < shape_.directions; ++d) {
-      multiply_inputs(d, parallel);
-      multiply_weights(d, parallel);
+      round_weights(d);
       sum_biases(d);
     }
   }
@@ -55,15 +63,16 @@ class BackwardPass {
   using Cell = operand_of<T>;
 
   struct Direction {
-    Cell* gates[2];    // (B, padded G * H): the hidden side's, for the next product
-    float* carry_c;    // (B, H)
-    float* c0;         // (B, H)
-    T* grad_gates;     // (N, saved * H)
-    T* hidden_before;  // (N, P); null where rows of the output serve
+    Cell* gates[2];      // (B, padded G * H): the hidden side's, for the next product
+    float* carry_c;      // (B, H)
+    float* c0;           // (B, H)
+    T* grad_gates;       // (rows of a chunk, saved * H)
+    T* hidden_before;    // (rows of a chunk, P); null where rows of the output serve
+    RecurrentSums sums;  // of the weights' gradients over chunks; null where these are float32 themselves
     // With a projection:
-    T* grad_hidden;           // (N, P): gradients of h
+    T* grad_hidden;           // (rows of a chunk, P): gradients of h
     Cell* grad_hidden_cells;  // (B, padded P)
-    T* unprojected;           // (N, H): o tanh(c)
+    T* unprojected;           // (rows of a chunk, H): o tanh(c)
     float* grad_unprojected;  // (B, padded H): gradients of it
     Cell* w_hr;
   };
@@ -88,7 +97,9 @@ class BackwardPass {
 
   void lay_out(void* scratch) {
     Arena arena(scratch);
-    const int64_t B = shape_.batch, H = shape_.hidden, P = shape_.projected, N = shape_.rows;
+    const int64_t B = shape_.batch, H = shape_.hidden, P = shape_.projected, I = shape_.input_size;
+    chunk_steps_ = std::clamp<int64_t>(ceil_divide(chunk_rows(H), std::max<int64_t>(1, B)), 1, shape_.steps);
+    const int64_t N = std::min(shape_.rows, chunk_steps_ * B), GH = gate_units();
     depth_ = Packed<Cell>::padded_depth(gate_units());
     width_ = panel_width(plan_.most_rows, product_units(plan_.shards[0]));
     projected_depth_ = Packed<Cell>::padded_depth(P);
@@ -99,6 +110,12 @@ class BackwardPass {
       direction.c0 = arena.take<float>(B * H);
       direction.grad_gates = arena.take<T>(N * saved_units());
       if (gathers() && needs_w_hh(d)) direction.hidden_before = arena.take<T>(N * P);
+      if (!std::is_same_v<T, float> && chunk_steps_ < shape_.steps) {
+        const RecurrentGradients<T>& grads = args_.grad_weights[d];
+        if (grads.w_ih) direction.sums.w_ih = arena.take<float>(GH * I);
+        if (grads.w_hh) direction.sums.w_hh = arena.take<float>(GH * P);
+        if (grads.w_hr) direction.sums.w_hr = arena.take<float>(P * H);
+      }
       if (shape_.has_projection) {
         direction.grad_hidden = arena.take<T>(N * P);
         direction.grad_hidden_cells = arena.take<Cell>(B * projected_depth_);
@@ -114,14 +131,13 @@ class BackwardPass {
       if (shard.row_begin == 0)
         weights_.push_back(plan_.packs ? arena.take<Cell>(depth_ * columns(shard)) : nullptr);
     }
-    lay_out_products(arena);
+    lay_out_products(arena, N);
     scratch_bytes_ = arena.used();
   }
 
   // The largest scratch of all products that follow the steps.
-  void lay_out_products(Arena& arena) {
-    const int64_t H = shape_.hidden, P = shape_.projected, I = shape_.input_size, N = shape_.rows,
-                  GH = gate_units();
+  void lay_out_products(Arena& arena, int64_t N) {
+    const int64_t H = shape_.hidden, P = shape_.projected, I = shape_.input_size, GH = gate_units();
     int64_t bytes = 0;
     for (const GemmShape& product : {GemmShape{N, I, GH},
                                      {GH, I, N},
@@ -132,7 +148,8 @@ class BackwardPass {
                                      {GH, P, shape_.batch},
                                      {2 * H, P, shape_.batch},
                                      {H, P, shape_.batch}})
-      bytes = std::max(bytes, gemm_scratch_bytes<T, T>(product, threads_));
+      bytes = std::max({bytes, gemm_scratch_bytes<T, T>(product, threads_),
+                        gemm_scratch_bytes<T, float>(product, threads_)});
     gemm_scratch_ = arena.take<std::byte>(bytes);
   }
 
@@ -162,6 +179,8 @@ class BackwardPass {
                      args_.grad_h_n ? args_.grad_h_n + state * P + first : nullptr, product_units(shard));
       }
     }
+    if (args_.grad_input && shape_.directions > 1)
+      std::fill_n(reinterpret_cast<char*>(args_.grad_input), shape_.rows * shape_.input_size * sizeof(T), 0);
     if (plan_.packs && multiplies()) pack(parallel);
   }
 
@@ -213,22 +232,37 @@ class BackwardPass {
 
   // -------------------------------------------------------------------------- steps
 
+  void take_steps(int64_t from, int64_t to, const ParallelFor& parallel) {
+    switch (shape_.mode) {
+      case Mode::lstm:
+        return take_steps_of<Mode::lstm>(from, to, parallel);
+      case Mode::gru:
+        return take_steps_of<Mode::gru>(from, to, parallel);
+      case Mode::rnn_tanh:
+        return take_steps_of<Mode::rnn_tanh>(from, to, parallel);
+      case Mode::rnn_relu:
+        return take_steps_of<Mode::rnn_relu>(from, to, parallel);
+    }
+  }
+
   template <Mode MODE>
-  void take_steps(const ParallelFor& parallel) {
+  void take_steps_of(int64_t from, int64_t to, const ParallelFor& parallel) {
     Team team(int64_t(plan_.shards.size()));
     const auto body = [&](int64_t begin, int64_t end) {
-      for (int64_t index = 0; index < shape_.steps; ++index) {
+      for (int64_t index = from; index < to; ++index) {
         for (int64_t s = begin; s < end; ++s) {
-          find_gate_gradients<MODE>(s, index);
-          team.finish(s, index + 1);
+          find_gate_gradients<MODE>(s, index, rows_of(plan_.shards[s].direction, from, to));
+          team.finish(s, index + 1 - from);
         }
         if (index + 1 == shape_.steps && !args_.grad_h0) break;
         for (int64_t s = begin; s < end; ++s) {
-          if (plan_.parts > 1) team.wait(plan_.shards[s].team_begin, plan_.shards[s].team_end, index + 1);
-          multiply_gates(s, index);
+          if (plan_.parts > 1)
+            team.wait(plan_.shards[s].team_begin, plan_.shards[s].team_end, index + 1 - from);
+          multiply_gates(s, index, rows_of(plan_.shards[s].direction, from, to));
         }
       }
-      for (int64_t s = begin; s < end; ++s) write_initial_states(s);
+      if (to == shape_.steps)
+        for (int64_t s = begin; s < end; ++s) write_initial_states(s);
     };
     if (plan_.shards.size() == 1)
       body(0, 1);
@@ -236,32 +270,38 @@ class BackwardPass {
       team.run(parallel, body);
   }
 
+  // The rows of the `from`-th to the last step before the `to`-th one back.
+  Rows rows_of(int64_t d, int64_t from, int64_t to) const {
+    if (d) return {steps_.first(from), steps_.first(to)};
+    return {steps_.first(shape_.steps - to), steps_.first(shape_.steps - from)};
+  }
+
   // The step that the `index`-th one back is.
   int64_t step_back(int64_t d, int64_t index) const { return steps_.taken(d, shape_.steps - 1 - index); }
 
   template <Mode MODE>
-  void find_gate_gradients(int64_t s, int64_t index) {
+  void find_gate_gradients(int64_t s, int64_t index, const Rows& chunk) {
     const Shard& shard = plan_.shards[s];
     const Direction& direction = directions_[shard.direction];
     const int64_t d = shard.direction, H = shape_.hidden, P = shape_.projected, D = shape_.directions;
     const int64_t step = step_back(d, index), alive = shard.rows_alive(steps_, step);
     const int64_t first = steps_.first(step) + shard.row_begin, unit = shard.unit_begin;
     const bool projects = shape_.has_projection;
-    if (projects && alive > 0) unproject(s, index, alive, first);
+    if (projects && alive > 0) unproject(s, index, alive, first, chunk);
     for (int64_t r = 0; r < alive; ++r) {
       const int64_t b = shard.row_begin + r, row = first + r, saved = d * shape_.rows + row;
       const int64_t before = steps_.row_before(d, step, b);
       const T* hidden_before =
           before < 0 ? args_.h0 + (d * shape_.batch + b) * P : args_.output + before * D * P + d * P;
       if (direction.hidden_before && shard.part == 0)
-        std::copy_n(hidden_before, P, direction.hidden_before + row * P);
+        std::copy_n(hidden_before, P, direction.hidden_before + (row - chunk.begin) * P);
       BackwardRow<T> pointers{
           .grad_output = args_.grad_output ? args_.grad_output + row * D * P + d * P + unit : nullptr,
           .carry_h = carry_h_[s] + r * columns(shard),
           .gates = args_.gates + saved * 4 * H + unit,
           .hidden = args_.output + row * D * P + d * P + unit,
           .hidden_before = hidden_before + unit,
-          .grad_gates = direction.grad_gates + row * saved_units() + unit,
+          .grad_gates = direction.grad_gates + (row - chunk.begin) * saved_units() + unit,
           .units = H,
           .operand = direction.gates[index % 2] + b * depth_ + unit,
           .sums = recent_sums_[s],
@@ -275,7 +315,7 @@ class BackwardPass {
       if (projects) {
         pointers.grad_output = nullptr;
         pointers.carry_h = direction.grad_unprojected + b * unprojected_columns();
-        save_unprojected(pointers, direction.unprojected + row * H);
+        save_unprojected(pointers, direction.unprojected + (row - chunk.begin) * H);
       }
       step_backward<MODE, T>(pointers, shard.units());
     }
@@ -292,7 +332,7 @@ class BackwardPass {
   }
 
   // Gradients of h through W_hr to those of o tanh(c).
-  void unproject(int64_t s, int64_t index, int64_t alive, int64_t first) {
+  void unproject(int64_t s, int64_t index, int64_t alive, int64_t first, const Rows& chunk) {
     const Shard& shard = plan_.shards[s];
     const int64_t d = shard.direction, P = shape_.projected, D = shape_.directions,
                   columns_h = unprojected_columns();
@@ -304,8 +344,8 @@ class BackwardPass {
         Vec grad = load(carry, mask);
         if (args_.grad_output)
           grad = add(grad, load(args_.grad_output + (first + r) * D * P + d * P + p, mask));
-        store_hidden(direction.grad_hidden + (first + r) * P + p, cells + r * projected_depth_ + p, grad,
-                     mask);
+        store_hidden(direction.grad_hidden + (first + r - chunk.begin) * P + p,
+                     cells + r * projected_depth_ + p, grad, mask);
         store(carry, zero(), mask);
       });
     float* sums = direction.grad_unprojected + shard.row_begin * columns_h;
@@ -321,12 +361,12 @@ class BackwardPass {
     });
   }
 
-  void multiply_gates(int64_t s, int64_t index) {
+  void multiply_gates(int64_t s, int64_t index, const Rows& chunk) {
     const Shard& shard = plan_.shards[s];
     const int64_t d = shard.direction, alive = shard.rows_alive(steps_, step_back(d, index)),
                   stride = columns(shard);
     if (!plan_.packs)
-      return multiply_unpacked_columns(alive, unpacked_gates(s, index), saved_units(),
+      return multiply_unpacked_columns(alive, unpacked_gates(s, index, chunk), saved_units(),
                                        args_.weights[d].w_hh + shard.unit_begin, shape_.projected,
                                        gate_units(), first_gate() * shape_.hidden, shard.units(), true,
                                        carry_h_[s], stride);
@@ -335,9 +375,9 @@ class BackwardPass {
                    {weights_[shared(shard)], depth_ / PER_CELL<Cell>, stride, width_}, index);
   }
 
-  const T* unpacked_gates(int64_t s, int64_t index) const {
+  const T* unpacked_gates(int64_t s, int64_t index, const Rows& chunk) const {
     const Shard& shard = plan_.shards[s];
-    const int64_t row = steps_.first(step_back(shard.direction, index)) + shard.row_begin;
+    const int64_t row = steps_.first(step_back(shard.direction, index)) + shard.row_begin - chunk.begin;
     return directions_[shard.direction].grad_gates + row * saved_units();
   }
 
@@ -359,55 +399,95 @@ class BackwardPass {
     for_lanes(count, [&](int64_t i, Mask mask) { store(to + i, load(from + i, mask), mask); });
   }
 
-  // -------------------------------------------------------------------------- after the last step
+  // -------------------------------------------------------------------------- after a chunk of steps
 
-  void multiply_inputs(int64_t d, const ParallelFor& parallel) {
-    const int64_t I = shape_.input_size, GH = gate_units(), N = shape_.rows;
+  // Both directions add to the rows, which are zero at first.
+  void multiply_inputs(int64_t d, const Rows& rows, const ParallelFor& parallel) {
+    const int64_t I = shape_.input_size, GH = gate_units();
     if (!args_.grad_input) return;
+    const T* gates = directions_[d].grad_gates + input_side();
+    T* grad = args_.grad_input + rows.begin * I;
+    const bool accumulate = shape_.directions > 1;
     if (!plan_.packs)
-      return multiply_unpacked_columns(N, directions_[d].grad_gates + input_side(), saved_units(),
-                                       args_.weights[d].w_ih, I, GH, 0, I, d > 0, args_.grad_input, I);
-    gemm<T, T>({N, I, GH}, {directions_[d].grad_gates + input_side(), saved_units(), 1},
-               {args_.weights[d].w_ih, I, 1}, nullptr, d > 0, {args_.grad_input, I}, gemm_scratch_, threads_,
-               parallel);
+      return multiply_unpacked_columns(rows.count(), gates, saved_units(), args_.weights[d].w_ih, I, GH, 0, I,
+                                       accumulate, grad, I);
+    gemm<T, T>({rows.count(), I, GH}, {gates, saved_units(), 1}, {args_.weights[d].w_ih, I, 1}, nullptr,
+               accumulate, {grad, I}, gemm_scratch_, threads_, parallel);
   }
 
-  void multiply_weights(int64_t d, const ParallelFor& parallel) {
+  // Adds a chunk's part of the weights' gradients; `added`: whether others were added before.
+  void multiply_weights(int64_t d, const Rows& rows, bool added, const ParallelFor& parallel) {
     const Direction& direction = directions_[d];
     const RecurrentGradients<T>& grads = args_.grad_weights[d];
-    const int64_t I = shape_.input_size, H = shape_.hidden, P = shape_.projected, GH = gate_units(),
-                  N = shape_.rows;
+    const int64_t I = shape_.input_size, H = shape_.hidden, P = shape_.projected, GH = gate_units();
     const T* gates = direction.grad_gates;
-    if (grads.w_ih && !plan_.packs)
-      outer_products(N, gates + input_side(), saved_units(), GH, args_.input, I, I, grads.w_ih);
-    else if (grads.w_ih)
-      gemm<T, T>({GH, I, N}, {gates + input_side(), 1, saved_units()}, {args_.input, I, 1}, nullptr, false,
-                 {grads.w_ih, I}, gemm_scratch_, threads_, parallel);
+    const Few few{rows.count(), added};
+    if (grads.w_ih)
+      multiply_transposed(few, gates + input_side(), saved_units(), GH, args_.input + rows.begin * I, I, I,
+                          {grads.w_ih, direction.sums.w_ih}, parallel);
     if (grads.w_hh && shape_.mode == Mode::gru) {
-      multiply_recurrent(d, gates, H, grads.w_hh + 2 * H * P, parallel);
-      multiply_recurrent(d, gates + H, 2 * H, grads.w_hh, parallel);
+      multiply_recurrent(d, rows, added, gates, H, 2 * H, parallel);
+      multiply_recurrent(d, rows, added, gates + H, 2 * H, 0, parallel);
     } else if (grads.w_hh) {
-      multiply_recurrent(d, gates, GH, grads.w_hh, parallel);
+      multiply_recurrent(d, rows, added, gates, GH, 0, parallel);
     }
     if (grads.w_hr)
-      gemm<T, T>({P, H, N}, {direction.grad_hidden, 1, P}, {direction.unprojected, H, 1}, nullptr, false,
-                 {grads.w_hr, H}, gemm_scratch_, threads_, parallel);
+      multiply_transposed(few, direction.grad_hidden, P, P, direction.unprojected, H, H,
+                          {grads.w_hr, direction.sums.w_hr}, parallel);
   }
 
-  // Some gates' rows of dW_hh: their gradients times the h that each row started from.
-  void multiply_recurrent(int64_t d, const T* gates, int64_t units, T* grad, const ParallelFor& parallel) {
+  struct Few {
+    int64_t rows;
+    bool added;
+  };
+  // Where a product of rows goes: to float32 sums where there are any.
+  struct Gradient {
+    T* grad;
+    float* sums;
+    Gradient from(int64_t element) const { return {grad + element, sums ? sums + element : nullptr}; }
+  };
+
+  // target[m, n] (+)= sum over rows of a[row, m] * b[row, n].
+  void multiply_transposed(const Few& few, const T* a, int64_t a_stride, int64_t m, const T* b,
+                           int64_t b_stride, int64_t n, const Gradient& target, const ParallelFor& parallel) {
+    if (!plan_.packs) return outer_products(few.rows, a, a_stride, m, b, b_stride, n, target.grad);
+    const GemmShape product{m, n, few.rows};
+    if (target.sums)
+      gemm<T, float>(product, {a, 1, a_stride}, {b, b_stride, 1}, nullptr, few.added, {target.sums, n},
+                     gemm_scratch_, threads_, parallel);
+    else
+      gemm<T, T>(product, {a, 1, a_stride}, {b, b_stride, 1}, nullptr, few.added, {target.grad, n},
+                 gemm_scratch_, threads_, parallel);
+  }
+
+  // Some gates' rows of dW_hh, from row `at` on: their gradients times the h that each row started from.
+  void multiply_recurrent(int64_t d, const Rows& rows, bool added, const T* gates, int64_t units, int64_t at,
+                          const ParallelFor& parallel) {
     const int64_t P = shape_.projected, DP = shape_.directions * P, N = shape_.rows, B = shape_.batch;
-    const auto multiply_rows = [&](int64_t first, int64_t rows, const T* hidden, int64_t stride,
-                                   bool accumulate) {
-      gemm<T, T>({units, P, rows}, {gates + first * saved_units(), 1, saved_units()}, {hidden, stride, 1},
-                 nullptr, accumulate, {grad, P}, gemm_scratch_, threads_, parallel);
+    const Gradient target = Gradient{args_.grad_weights[d].w_hh, directions_[d].sums.w_hh}.from(at * P);
+    const auto multiply_rows = [&](const Rows& some, const T* hidden, int64_t stride, bool before) {
+      multiply_transposed({some.count(), before}, gates + (some.begin - rows.begin) * saved_units(),
+                          saved_units(), units, hidden, stride, P, target, parallel);
     };
-    if (!plan_.packs)
-      return outer_products(N, gates, saved_units(), units, directions_[d].hidden_before, P, P, grad);
-    if (directions_[d].hidden_before) return multiply_rows(0, N, directions_[d].hidden_before, P, false);
-    const int64_t started = d ? N - B : 0, others = d ? 0 : B;
-    multiply_rows(started, B, args_.h0 + d * B * P, P, false);
-    if (N > B) multiply_rows(others, N - B, args_.output + d * P + (d ? B * DP : 0), DP, true);
+    if (directions_[d].hidden_before) return multiply_rows(rows, directions_[d].hidden_before, P, added);
+    // The first step's rows started from h0, all others from the row a batch before; in reverse, behind.
+    const Rows started =
+        d ? Rows{std::max(rows.begin, N - B), rows.end} : Rows{rows.begin, std::min(rows.end, B)};
+    const Rows others =
+        d ? Rows{rows.begin, std::min(rows.end, N - B)} : Rows{std::max(rows.begin, B), rows.end};
+    const bool starts = started.count() > 0;
+    if (starts) multiply_rows(started, args_.h0 + d * B * P, P, added);
+    if (others.count() > 0 || !(starts || added))
+      multiply_rows(others, args_.output + d * P + (others.begin + (d ? B : -B)) * DP, DP, added || starts);
+  }
+
+  void round_weights(int64_t d) {
+    const RecurrentSums& sums = directions_[d].sums;
+    const RecurrentGradients<T>& grads = args_.grad_weights[d];
+    const int64_t H = shape_.hidden, P = shape_.projected, GH = gate_units();
+    if (sums.w_ih) round(grads.w_ih, sums.w_ih, GH * shape_.input_size);
+    if (sums.w_hh) round(grads.w_hh, sums.w_hh, GH * P);
+    if (sums.w_hr) round(grads.w_hr, sums.w_hr, P * H);
   }
 
   // Over the tiles of sequences, in their order.
@@ -445,7 +525,7 @@ class BackwardPass {
   std::vector<Cell*> weights_;              // a direction and part
   void* gemm_scratch_;
   int width_;  // of all panels
-  int64_t depth_, projected_depth_, scratch_bytes_;
+  int64_t chunk_steps_, depth_, projected_depth_, scratch_bytes_;
 };
 
 }  // namespace
