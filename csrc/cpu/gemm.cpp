@@ -12,11 +12,13 @@
 namespace pyarch {
 namespace {
 
-constexpr int64_t DEPTH = 256;                 // steps of k in a stretch
-constexpr int64_t ACROSS_STEPS = 16;           // of k that every group packs before the next
-constexpr int64_t BLOCK_BYTES = 640 * 1024;    // of packed A
-constexpr int64_t SUMS_BYTES = 1024 * 1024;    // of sums that wait for the next stretch
-constexpr int64_t TASK_PRODUCTS = 256 * 1024;  // multiply-adds that are worth a thread
+constexpr int64_t DEPTH = 256;                    // steps of k in a stretch
+constexpr int64_t ACROSS_STEPS = 16;              // of k that every group packs before the next
+constexpr int64_t BLOCK_BYTES = 640 * 1024;       // of packed A, at most,
+constexpr int64_t BLOCK_SHARE = 16;               // and for small products this part of all they hold,
+constexpr int64_t LEAST_BLOCK_BYTES = 32 * 1024;  // but so much always
+constexpr int64_t SUMS_BYTES = 1024 * 1024;       // of sums that wait for the next stretch
+constexpr int64_t TASK_PRODUCTS = 256 * 1024;     // multiply-adds that are worth a thread
 constexpr int64_t ALIGNMENT = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -58,11 +60,19 @@ struct Plan {
   int64_t task_floats() const { return a_floats + panel_floats + sum_floats; }
 };
 
+int64_t block_bytes(const GemmShape& shape) {
+  const int64_t elements = shape.m * shape.k + shape.k * shape.n + shape.m * shape.n;
+  return std::clamp(elements * int64_t(sizeof(float)) / BLOCK_SHARE, LEAST_BLOCK_BYTES, BLOCK_BYTES);
+}
+
+int64_t most_tasks(const GemmShape& shape, int64_t threads) {
+  return std::min(threads, std::max<int64_t>(1, shape.m * shape.n * shape.k / TASK_PRODUCTS));
+}
+
 // The grid of tasks that is done soonest: its largest task multiplies and packs least.
 void divide_among_tasks(const GemmShape& shape, int64_t threads, Plan& plan) {
   const int64_t panels = ceil_div(shape.n, PANEL);
-  const int64_t worth = std::max<int64_t>(1, shape.m * shape.n * shape.k / TASK_PRODUCTS);
-  const int64_t tasks = std::min(threads, worth);
+  const int64_t tasks = most_tasks(shape, threads);
   int64_t least = INT64_MAX;
   for (int64_t row_tasks = 1; row_tasks <= tasks; ++row_tasks) {
     const int64_t task_strips = ceil_div(largest_part(shape.m, row_tasks), ROWS);
@@ -88,7 +98,7 @@ Plan plan_of(const GemmShape& shape, int64_t threads) {
   plan.panel_floats = steps * PANEL;
   const int64_t task_rows = largest_part(shape.m, plan.row_tasks);
   const int64_t task_bytes = ceil_div(task_rows, ROWS) * plan.strip_floats * int64_t(sizeof(float));
-  plan.row_blocks = std::max<int64_t>(1, ceil_div(task_bytes, BLOCK_BYTES));
+  plan.row_blocks = std::max<int64_t>(1, ceil_div(task_bytes, block_bytes(shape)));
   const int64_t block_rows = largest_part(task_rows, plan.row_blocks);
   plan.a_floats = ceil_div(block_rows, ROWS) * plan.strip_floats;
 
@@ -204,10 +214,24 @@ float* aligned(void* scratch) {
 
 }  // namespace
 
+// No plan of a smaller product takes more: a stretch is never longer than DEPTH and a vector, and a block or its sums
+// pass their limit by less than two strips or panels.
 template <class T, class Out>
 int64_t gemm_scratch_bytes(const GemmShape& shape, int64_t threads) {
-  const Plan plan = plan_of<T, Out>(shape, threads);
-  return plan.tasks() * plan.task_floats() * int64_t(sizeof(float)) + ALIGNMENT;
+  constexpr int64_t E = Step<T>::ELEMENTS, FLOAT = sizeof(float);
+  const int64_t steps = std::min(ceil_div(ceil_div(shape.k, E), LANES) * LANES, DEPTH + LANES);
+  const int64_t strip_bytes = steps * LANES * FLOAT, strips = ceil_div(shape.m, ROWS) + 1;
+  const int64_t a_bytes = std::min(strips * strip_bytes, block_bytes(shape) + 2 * strip_bytes);
+  int64_t sum_bytes = 0;
+  if (sizeof(Out) < sizeof(float) && ceil_div(shape.k, E) > DEPTH) {
+    // A short stretch has short strips, of which a block holds more.
+    const int64_t shortest = ceil_div(DEPTH, 2) * LANES * FLOAT;
+    const int64_t rows = std::min(shape.m, (block_bytes(shape) / shortest + 2) * ROWS);
+    const int64_t panel_sums = rows * PANEL * FLOAT;
+    sum_bytes = std::min(ceil_div(shape.n, PANEL) * panel_sums, SUMS_BYTES + 2 * panel_sums);
+  }
+  const int64_t task_bytes = a_bytes + steps * PANEL * FLOAT + sum_bytes;
+  return most_tasks(shape, threads) * task_bytes + ALIGNMENT;
 }
 
 template <class T, class Out>

@@ -36,7 +36,8 @@ struct GemmShape {
   int64_t m, n, k;
 };
 
-// The bytes of scratch that one product takes with up to so many threads. They begin at any address.
+// The bytes of scratch that are enough for every product of at most so many rows, columns and steps with up to so many
+// threads. They begin at any address.
 template <class T, class Out>
 int64_t gemm_scratch_bytes(const GemmShape& shape, int64_t threads);
 

@@ -30,11 +30,8 @@ def forward(
     h_n = torch.empty((directions, batch, width), dtype=dtype)
     c_n = None if c0 is None else torch.empty((directions, batch, hidden), dtype=dtype)
     saves_gates, saves_cells = save and SAVED_BLOCKS[mode] > 0, save and c0 is not None
-    gates = cells = torch.empty(0, dtype=dtype)
-    if saves_gates:
-        gates = torch.empty((directions, count, 4 * hidden), dtype=dtype)
-    if saves_cells:
-        cells = torch.empty((directions, count, hidden), dtype=torch.float32)
+    gates = torch.empty((directions, count, 4 * hidden) if saves_gates else 0, dtype=dtype)
+    cells = torch.empty((directions, count, hidden) if saves_cells else 0, dtype=torch.float32)
     native.operators().recurrent_forward(
         output,
         h_n,

@@ -43,10 +43,12 @@ def _forward(mode, input, h0, c0, weights, batch_sizes, save, backend):
             f"{input.shape[0]}, the rows of the input"
         )
     chosen = FORWARD.choose(describe(mode, input, h0, weights, batch_sizes, save), backend)
-    output, h_n, c_n, gates, cells = _without_autocast(
+    output, h_n, *others = _without_autocast(
         chosen.run, input.device, mode, input, h0, c0, weights, batch_sizes, save
     )
-    return output, h_n, input.new_empty(0) if c_n is None else c_n, gates, cells
+    # An operator's results are new tensors, while a backend may give the same empty one twice.
+    present = (input.new_empty(0) if each is None or each.dim() == 1 else each for each in others)
+    return output, h_n, *present
 
 
 def _backward(
@@ -79,13 +81,14 @@ def _forward_fake(mode, input, h0, c0, weights, batch_sizes, save, backend):
     count = rows[0] if batch_sizes is not None else rows[0] * rows[1]
     hidden = weights[1].shape[0] // GATES[mode]
     saves_gates, is_lstm = save and SAVED_BLOCKS[mode] > 0, c0 is not None
+    saves_cells = save and is_lstm
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
         input.new_empty((*rows, directions * width)),
         input.new_empty((directions, batch, width)),
         input.new_empty((directions, batch, hidden) if is_lstm else 0),
         input.new_empty((directions, count, 4 * hidden) if saves_gates else 0),
-        input.new_empty((directions, count, hidden) if save and is_lstm else 0, dtype=wide),
+        input.new_empty((directions, count, hidden), dtype=wide) if saves_cells else input.new_empty(0),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyarch.reference.recurrent import Gradients, Result, cells_of, gates_of, steps_of
+from pyarch.reference.recurrent import Gradients, Result, cells_of, gates_of, steps_of, widen
 
 _STOCK = {name: getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 _STOCK_CELLS = {name: getattr(torch._VF, f"{name}_cell") for name in _STOCK}
@@ -65,12 +65,12 @@ def forward(
     output, h_n, c_n = (
         each if each is None else each.clone(memory_format=torch.contiguous_format) for each in results
     )
-    gates, cells = input.new_zeros(0), _cells_like(input)
+    gates = cells = input.new_zeros(0)
     if save:
-        gates = gates_of(mode, input, h0, weights, batch_sizes, output)
+        gates = gates_of(mode, widen(input), h0, weights, batch_sizes, output)
         if mode == "lstm":
             cells = cells_of(gates, c0, steps_of(input, batch_sizes))
-    return output, h_n, c_n, gates, cells
+    return output, h_n, c_n, gates.to(input.dtype), cells
 
 
 def backward(
@@ -125,7 +125,3 @@ def _one_layer(mode, input, h0, c0, weights, batch_sizes, training: bool):
     return run_stock(
         mode, input, hx, weights, batch_sizes, has_biases, 1, 0.0, training, bidirectional=directions == 2
     )
-
-
-def _cells_like(input: Tensor) -> Tensor:
-    return input.new_zeros(0, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)

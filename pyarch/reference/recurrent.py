@@ -147,8 +147,8 @@ def forward(
 
     Returns:
         output (T, B, D P) or (N, D P), h_n (D, B, P) and c_n (D, B, H) or None in the input's dtype; gates
-        (D, N, 4 H) in the input's dtype, cells (D, N, H) in float32 (float64 for float64), both of shape (0,)
-        where not asked for or not needed by the mode.
+        (D, N, 4 H) in the input's dtype, cells (D, N, H) in float32 (float64 for float64), both empty, of
+        shape (0,), where not asked for or not needed by the mode.
     """
     steps = steps_of(input, batch_sizes)
     rows = input if batch_sizes is not None else input.flatten(0, 1)
@@ -163,15 +163,15 @@ def forward(
         torch.stack(h_n).to(dtype),
         torch.stack(c_n).to(dtype) if is_lstm else None,
         torch.stack(gates).to(dtype) if save and SAVED_BLOCKS[mode] else input.new_zeros(0),
-        torch.stack(cells) if save and is_lstm else _widen(input.new_zeros(0)),
+        torch.stack(cells) if save and is_lstm else input.new_zeros(0),
     )
 
 
 def _run_direction(mode, rows, h, c, weights: Direction, steps, reverse):
     """(hidden (N, P), h_n (B, P), c_n, gates, cells) of one direction, all wide, rows in time order."""
     dtype = rows.dtype
-    h, c, weights = _widen(h), _widen(c), Direction(*map(_widen, weights))
-    input_side = linear(_widen(rows), weights.w_ih, weights.b_ih)
+    h, c, weights = widen(h), widen(c), Direction(*map(widen, weights))
+    input_side = linear(widen(rows), weights.w_ih, weights.b_ih)
     hidden, gates, cells = ([None] * len(steps) for _ in range(3))
     for t, (start, stop) in _in_order(steps, reverse):
         alive = stop - start
@@ -225,12 +225,12 @@ def gates_of(
     if not SAVED_BLOCKS[mode]:
         return input.new_zeros(0)
     steps = steps_of(input, batch_sizes)
-    rows = _widen(input.flatten(0, -2))
+    rows = widen(input.flatten(0, -2))
     gates = []
     for d, direction in enumerate(split_directions(weights, h0.shape[0])):
         before = states_before(_of_direction(output, d, h0.shape[0]), h0[d], steps, reverse=d == 1)
-        w_ih, w_hh, b_ih, b_hh, _ = map(_widen, direction)
-        sides = linear(rows, w_ih, b_ih), linear(_widen(before), w_hh, b_hh)
+        w_ih, w_hh, b_ih, b_hh, _ = map(widen, direction)
+        sides = linear(rows, w_ih, b_ih), linear(widen(before), w_hh, b_hh)
         gates.append(activate(mode, *sides).to(input.dtype))
     return torch.stack(gates)
 
@@ -238,7 +238,7 @@ def gates_of(
 def cells_of(gates: Tensor, c0: Tensor, steps: list[Step]) -> Tensor:
     """An lstm's c after each step (D, N, H), wide, from its gates (D, N, 4 H) and c0 (D, B, H)."""
     directions = []
-    for d, (saved, c) in enumerate(zip(_widen(gates), _widen(c0), strict=True)):
+    for d, (saved, c) in enumerate(zip(widen(gates), widen(c0), strict=True)):
         cells = [None] * len(steps)
         i, f, g, _ = saved.chunk(4, -1)
         for t, (start, stop) in _in_order(steps, reverse=d == 1):
@@ -280,26 +280,26 @@ def backward(
     """
     dtype, directions = input.dtype, h0.shape[0]
     steps = steps_of(input, batch_sizes)
-    rows = _widen(input.flatten(0, -2))
+    rows = widen(input.flatten(0, -2))
     grad_rows, grad_h0, grad_c0, grad_weights = rows.new_zeros(rows.shape), [], [], []
     for d, direction in enumerate(split_directions(weights, directions)):
-        wide, reverse = Direction(*map(_widen, direction)), d == 1
-        hidden = _widen(_of_direction(output, d, directions))
-        before = _widen(states_before(hidden, h0[d], steps, reverse))
+        wide, reverse = Direction(*map(widen, direction)), d == 1
+        hidden = widen(_of_direction(output, d, directions))
+        before = widen(states_before(hidden, h0[d], steps, reverse))
         arriving = (
             torch.zeros_like(hidden)
             if grad_output is None
-            else _widen(_of_direction(grad_output, d, directions))
+            else widen(_of_direction(grad_output, d, directions))
         )
         grad_h = _state_gradient(grad_h_n, h0, d)
         if mode == "lstm":
             grad_c = _state_gradient(grad_c_n, c0, d)
-            cell, cell_before = cells[d], states_before(cells[d], _widen(c0[d]), steps, reverse)
+            cell, cell_before = cells[d], states_before(cells[d], widen(c0[d]), steps, reverse)
             grads = _through_lstm(
-                arriving, grad_h, grad_c, _widen(gates[d]), cell, cell_before, wide, steps, reverse
+                arriving, grad_h, grad_c, widen(gates[d]), cell, cell_before, wide, steps, reverse
             )
         elif mode == "gru":
-            grads = _through_gru(arriving, grad_h, _widen(gates[d]), before, wide, steps, reverse)
+            grads = _through_gru(arriving, grad_h, widen(gates[d]), before, wide, steps, reverse)
         else:
             grads = _through_rnn(mode, arriving, grad_h, hidden, wide, steps, reverse)
         grad_rows = grad_rows + grads.input_side @ wide.w_ih
@@ -309,7 +309,7 @@ def backward(
         if direction.b_ih is not None:
             grad_weights += [grads.input_side.sum(0), grads.hidden_side.sum(0)]
         if direction.w_hr is not None:
-            unprojected = _rounded(_widen(gates[d]).chunk(4, -1)[3] * cells[d].tanh(), dtype)
+            unprojected = _rounded(widen(gates[d]).chunk(4, -1)[3] * cells[d].tanh(), dtype)
             grad_weights.append(grads.hidden.mT @ unprojected)
     return (
         grad_rows.view(input.shape).to(dtype) if needs[0] else None,
@@ -388,13 +388,13 @@ def _through_tanh(grad: Tensor, value: Tensor) -> Tensor:
 
 
 def _state_gradient(grad: Tensor | None, state: Tensor, d: int) -> Tensor:
-    return _widen(torch.zeros_like(state[d]) if grad is None else grad[d])
+    return widen(torch.zeros_like(state[d]) if grad is None else grad[d])
 
 
 # -------------------------------------------------------------------------------- rounding
 
 
-def _widen(tensor: Tensor | None) -> Tensor | None:
+def widen(tensor: Tensor | None) -> Tensor | None:
     """16-bit values as float32."""
     if tensor is None or tensor.dtype not in (torch.float16, torch.bfloat16):
         return tensor
