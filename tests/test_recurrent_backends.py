@@ -45,7 +45,6 @@ def test_recurrent_backends_forward_alone_is_the_same(backend, case, monkeypatch
     for kept, alone in zip(saving[:3], plain[:3], strict=True):
         assert kept is alone is None or torch.equal(kept, alone)
     assert plain[3].shape == plain[4].shape == (0,)
-    assert plain[3].dtype == inputs[0].dtype and plain[4].dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------ some of the gradients

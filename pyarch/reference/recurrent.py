@@ -210,6 +210,10 @@ def _of_direction(rows: Tensor, d: int, directions: int) -> Tensor:
 # -------------------------------------------------------------------------------- residuals made afterwards
 
 
+# Of gates made again: their parts are then far smaller than all that are kept.
+_ROWS_AT_A_TIME = 256
+
+
 def gates_of(
     mode: str,
     input: Tensor,
@@ -225,14 +229,15 @@ def gates_of(
     if not SAVED_BLOCKS[mode]:
         return input.new_zeros(0)
     steps = steps_of(input, batch_sizes)
-    rows = widen(input.flatten(0, -2))
-    gates = []
+    rows = input.flatten(0, -2)
+    gates = input.new_empty(h0.shape[0], rows.shape[0], 4 * weights[1].shape[0] // GATES[mode])
     for d, direction in enumerate(split_directions(weights, h0.shape[0])):
         before = states_before(_of_direction(output, d, h0.shape[0]), h0[d], steps, reverse=d == 1)
         w_ih, w_hh, b_ih, b_hh, _ = map(widen, direction)
-        sides = linear(rows, w_ih, b_ih), linear(widen(before), w_hh, b_hh)
-        gates.append(activate(mode, *sides).to(input.dtype))
-    return torch.stack(gates)
+        blocks = (each.split(_ROWS_AT_A_TIME) for each in (rows, before, gates[d]))
+        for x, h, saved in zip(*blocks, strict=True):
+            saved.copy_(activate(mode, linear(widen(x), w_ih, b_ih), linear(widen(h), w_hh, b_hh)))
+    return gates
 
 
 def cells_of(gates: Tensor, c0: Tensor, steps: list[Step]) -> Tensor:
