@@ -72,8 +72,11 @@ def sizes(steps: int) -> list[Problem]:
 
 
 def keeps_a_copy(problem: Problem) -> bool:
-    """Whether a copy of the output outweighs what our backward spares: torch lets an rnn's output be changed in
-    place before the backward, and one float32 layer has little else to spare."""
+    """Whether a copy of the output outweighs what our backward spares.
+
+    torch lets an rnn's output be changed in place before the backward, so we keep one; a float32 layer has
+    little else to spare.
+    """
     return problem.mode.startswith("rnn") and problem.dtype == torch.float32 and not problem.lengths
 
 
