@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from benchmarks.even_spread import evenly_spread
 from benchmarks.goals import Goal
@@ -138,6 +139,9 @@ SWEEP_AXES = {
 }
 SWEEP_COUNT = 200
 SWEEP_MAX_MS = 60.0
+# A cell called a few times: modes, dtypes, and batch with hidden size.
+SWEEP_CELL_STEPS = 16
+SWEEP_CELL_SIZES = ((1, 64), (1, 128), (1, 512), (16, 128), (16, 512), (64, 256), (128, 512))
 
 # A coarse upper bound of torch's training step on two cores: operations and weights move at these rates, and
 # each step costs its calls; LSTM has kernels for whole sequences, the others run operator by operator.
@@ -150,8 +154,15 @@ WEIGHT_READS = {"LSTM": 1, "GRU": 3, "RNN": 3}
 def sweep_cases(count: int = SWEEP_COUNT) -> Iterator[RecurrentCase]:
     """Yield `count` distinct cases spread evenly over the product of SWEEP_AXES, the same ones every time.
 
-    A case that would take too long loses steps until it does not, so that wide layers are reached too.
+    A case that would take too long loses steps until it does not, so that wide layers are reached too. Cells
+    of all sizes of SWEEP_CELL_SIZES follow.
     """
+    yield from layer_cases(count)
+    for mode, dtype, (batch, hidden) in product(SWEEP_AXES["mode"], ("fp32", "bf16"), SWEEP_CELL_SIZES):
+        yield RecurrentCase(mode, SWEEP_CELL_STEPS, batch, hidden, dtype=dtype, form=CELL)
+
+
+def layer_cases(count: int) -> Iterator[RecurrentCase]:
     seen: set[str] = set()
     for place in evenly_spread(SWEEP_AXES):
         case = RecurrentCase(**place)

@@ -225,7 +225,7 @@ def run_cell(
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         kernel = None
         if is_plain(tensors):
-            kernel = FORWARD.choose(describe(mode, step, states[0], own, None, save), backend)
+            kernel = FORWARD.choose(describe(mode, step, states[0], own, None, save, cell=True), backend)
         known = _remember(like, (kernel, save))
     kernel, save = known
     if kernel is not None and kernel.name == "torch":
@@ -351,7 +351,7 @@ def explain_cell(
     if layer is None:
         return _left_to_torch(input, weights)
     step, states, own = layer
-    call = describe(mode, step, states[0], own, None, True)
+    call = describe(mode, step, states[0], own, None, True, cell=True)
     return {"forward": FORWARD.explain(call), "backward": BACKWARD.explain(call)}
 
 

@@ -28,6 +28,7 @@ class RecurrentCall(NamedTuple):
         bias: whether there are biases.
         packed: whether the input is packed, with `batch_sizes`.
         save: whether a backward will follow.
+        cell: whether a cell asks for its one step.
     """
 
     device: str
@@ -44,6 +45,7 @@ class RecurrentCall(NamedTuple):
     bias: bool
     packed: bool
     save: bool
+    cell: bool = False
 
     @property
     def gates(self) -> int:
@@ -51,17 +53,31 @@ class RecurrentCall(NamedTuple):
 
 
 def describe(
-    mode: str, input: Tensor, h0: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None, save: bool
+    mode: str,
+    input: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    save: bool,
+    cell: bool = False,
 ) -> RecurrentCall:
     """The metadata of one layer's call on these tensors."""
     shapes = input.shape, h0.shape, weights[0].shape, weights[1].shape, len(weights)
     return _described(
-        mode, input.device, input.dtype, *shapes, None if batch_sizes is None else len(batch_sizes), save
+        mode,
+        input.device,
+        input.dtype,
+        *shapes,
+        None if batch_sizes is None else len(batch_sizes),
+        save,
+        cell,
     )
 
 
 @lru_cache(maxsize=4096)
-def _described(mode, device, dtype, input, h0, w_ih, w_hh, weights, packed_steps, save) -> RecurrentCall:
+def _described(
+    mode, device, dtype, input, h0, w_ih, w_hh, weights, packed_steps, save, cell
+) -> RecurrentCall:
     directions, batch, width = h0
     count = weights // directions
     return RecurrentCall(
@@ -79,6 +95,7 @@ def _described(mode, device, dtype, input, h0, w_ih, w_hh, weights, packed_steps
         bias=count >= 4,
         packed=packed_steps is not None,
         save=save,
+        cell=cell,
     )
 
 
