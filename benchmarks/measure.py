@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 Timer = Callable[[Callable[[], object], int], float]
 
-# Long enough for several short calls: the first one after the other side's finds cold caches and sleeping threads.
+# Several short calls: the first one after the other side's finds cold caches and sleeping threads.
 SAMPLE_SECONDS = 2e-3
 MIN_PAIRS = 5
 MAX_PAIRS = 1000
