@@ -94,7 +94,7 @@ def test_recurrent_memory_of_training_is_at_most_torchs(backend, problem):
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("backend", ["cpu"])
-@pytest.mark.parametrize(("short", "long"), list(zip(sizes(128), sizes(256), strict=True)), ids=repr)
+@pytest.mark.parametrize(("short", "long"), list(zip(sizes(128), sizes(256), strict=True)))
 def test_recurrent_memory_of_inference_grows_at_most_as_torchs(backend, short, long):
     """With the steps: packed weights and blocks of them take some memory of their own, however few."""
     with pyarch.backend(backend):

@@ -42,7 +42,6 @@ def call_of(case, dtype=torch.float32, save=True):
         (Case("lstm", lengths=(4, 1, 1)), dict(steps=4, batch=3, rows=6, packed=True, gates=4)),
         (Case("gru", batch=0), dict(batch=0, rows=0, dtype=torch.float32, device="cpu")),
     ],
-    ids=str,
 )
 def test_recurrent_call_describes_the_tensors(case, expected):
     call = call_of(case)
