@@ -104,7 +104,9 @@ def test_cli_demo_of_every_model(capsys, fast, needs_cpu_kernels):
     assert document["ok"] and document["machine"]["torch"] == torch.__version__
     for each in document["models"]:
         assert each["ok"] and each["layers"], each["model"]
-        assert {layer["backward"] for layer in each["layers"]} == {"cpu"}, each["model"]
+        # A small cell, such as seq2seq's, is left to torch.
+        backends = {layer["backward"] for layer in each["layers"]}
+        assert "cpu" in backends and backends <= {"cpu", "torch"}, each["model"]
         assert set(each["timing"]) == {"forward", "step"}
     assert captured.err.splitlines()[0] == f"[1/{len(models.names())}] {models.names()[0]}"
 

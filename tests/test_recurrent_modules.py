@@ -242,7 +242,8 @@ def test_recurrent_modules_follow_functional_call(name):
         outputs = tensors_of(torch.func.functional_call(layer, other, (x,)))
         results.append([*outputs, *torch.autograd.grad(sum(each.sum() for each in outputs), other.values())])
         results[-1].append(tensors_of(layer(x))[0])
-    torch.testing.assert_close(*results)
+    # Parameters of size one instead of 1/sqrt(H): gradients through both layers are ten times as large.
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 
 
 @each_class

@@ -79,17 +79,22 @@ def test_recurrent_triton_takes_cpu_tensors_when_interpreted(monkeypatch):
 def concede(monkeypatch, *modes, hidden=(0, 1e9), training=None):
     """Pretend that a sweep had found torch faster there; decisions already taken are forgotten."""
     region = recurrent_measured.Slower(
-        modes, (1, 1e9), (0, 1e9), hidden, None, training, None, "over 2 shapes 0.50x of torch"
+        "over 2 shapes 0.50x of torch", cell=False, modes=modes, hidden_size=hidden, training=training
     )
     monkeypatch.setattr(recurrent_measured, "SLOWER", (region,))
+    forget_decisions()
+
+
+def forget_decisions():
     recurrent.FORWARD._choices.clear()
+    recurrent._decided.clear()
 
 
 @pytest.fixture
 def fresh_choices():
     """Decisions taken under a pretended table must not outlive it."""
     yield
-    recurrent.FORWARD._choices.clear()
+    forget_decisions()
 
 
 def test_recurrent_concessions_quote_the_measurement(monkeypatch):

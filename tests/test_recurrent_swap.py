@@ -139,7 +139,10 @@ def test_recurrent_swap_names_the_backend_that_runs(stock):
     (record,) = pyarch.swap(layer).swapped
     x = torch.randn(32, 3) if isinstance(layer, nn.RNNBase) else torch.randn(1, 3)
     ((_, chosen),) = operators_of(layer, x)
-    assert record.backend == chosen or record.backend == f"{chosen} or torch, by shape"
+    if " or torch, by shape" in record.backend:
+        assert chosen in (record.backend.split()[0], "torch")
+    else:
+        assert record.backend == chosen
 
 
 @each_class

@@ -13,7 +13,7 @@ namespace pyarch {
 namespace {
 
 // Steps whose bias gradients are added up before they are added to the others'.
-constexpr int64_t STEPS_A_SUM = 8;
+constexpr int64_t STEPS_A_SUM = 2;
 // Rows of a chunk: so many that reading and writing the weights' gradients once a chunk takes little of its time.
 constexpr int64_t LEAST_CHUNK_ROWS = 128;
 constexpr int64_t chunk_rows(int64_t hidden) { return std::max(LEAST_CHUNK_ROWS, 2 * hidden); }
