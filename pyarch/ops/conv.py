@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyarch import hardware, native
+from pyarch import hardware
 from pyarch.dispatch import Backend, Op, Reasons, Verdict, accepts_all, requested_backend
 from pyarch.ops.conv_measured import forward_concessions
 from pyarch.ops.conv_torch import convolve_pairs, convolve_stock
+from pyarch.ops.kernel_refusals import KERNEL_DTYPES, cpu_refusals, cuda_refusals, triton_refusals
 from pyarch.reference.conv import memory_format, output_sizes
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -76,26 +76,6 @@ _remembered_looks = lru_cache(maxsize=4096)(_looks_channels_last)
 # -------------------------------------------------------------------------------- backends
 
 
-def _triton_refusals(call: ConvCall) -> Reasons:
-    if hardware.triton_version() is None:
-        yield "Triton not installed, needs triton >= 3.6"
-    if call.device != "cuda" and not hardware.triton_interprets():
-        yield f"device {call.device}, needs a GPU (or TRITON_INTERPRET=1)"
-    yield from _dtype_refusals(call)
-
-
-def _cuda_refusals(call: ConvCall) -> Reasons:
-    yield "CUDA C++ kernels not written yet, triton serves GPUs"
-
-
-def _cpu_refusals(call: ConvCall) -> Reasons:
-    if call.device != "cpu":
-        yield f"device {call.device}, needs cpu"
-    elif native.serving()[0] is None:
-        yield native.serving()[1]
-    yield from _dtype_refusals(call)
-
-
 def _torch_backward_refusals(call: ConvCall) -> Reasons:
     # oneDNN's kernel for this case, seen from a width of about 30 on, leaves parts of the gradient unwritten.
     wrong_layout = call.channels_last and len(call.kernel) == 2 and call.dtype == torch.bfloat16
@@ -109,17 +89,12 @@ def _torch_backward_refusals(call: ConvCall) -> Reasons:
         yield "torch 2.13 gives wrong bfloat16 weight gradients for channels_last with dilated rows on a CPU"
 
 
-def _dtype_refusals(call: ConvCall) -> Reasons:
-    if call.dtype not in KERNEL_DTYPES:
-        yield f"dtype {call.dtype}, needs float32, bfloat16 or float16"
-
-
 FORWARD = Op(
     "depthwise_conv_forward",
     (
-        Backend("triton", "pyarch.triton_kernels.conv:forward", _triton_refusals),
-        Backend("cuda", "pyarch.cuda_kernels.conv:forward", _cuda_refusals),
-        Backend("cpu", "pyarch.ops.conv_cpu:forward", _cpu_refusals, forward_concessions),
+        Backend("triton", "pyarch.triton_kernels.conv:forward", triton_refusals),
+        Backend("cuda", "pyarch.cuda_kernels.conv:forward", cuda_refusals),
+        Backend("cpu", "pyarch.ops.conv_cpu:forward", cpu_refusals, forward_concessions),
         Backend("torch", "pyarch.ops.conv_torch:forward", accepts_all),
         Backend("reference", "pyarch.reference.conv:forward", accepts_all),
     ),
@@ -127,9 +102,9 @@ FORWARD = Op(
 BACKWARD = Op(
     "depthwise_conv_backward",
     (
-        Backend("triton", "pyarch.triton_kernels.conv:backward", _triton_refusals),
-        Backend("cuda", "pyarch.cuda_kernels.conv:backward", _cuda_refusals),
-        Backend("cpu", "pyarch.ops.conv_cpu:backward", _cpu_refusals),
+        Backend("triton", "pyarch.triton_kernels.conv:backward", triton_refusals),
+        Backend("cuda", "pyarch.cuda_kernels.conv:backward", cuda_refusals),
+        Backend("cpu", "pyarch.ops.conv_cpu:backward", cpu_refusals),
         Backend("torch", "pyarch.ops.conv_torch:backward", _torch_backward_refusals),
         Backend("reference", "pyarch.reference.conv:backward", accepts_all),
     ),

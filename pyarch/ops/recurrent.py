@@ -19,10 +19,10 @@ from torch.autograd import forward_ad
 from torch.nn.functional import dropout as drop
 
 from pyarch.dispatch import Op, Verdict, settled_backend
+from pyarch.ops.kernel_refusals import KERNEL_DTYPES
 from pyarch.ops.recurrent_call import (
     BACKWARD,
     FORWARD,
-    KERNEL_DTYPES,
     RecurrentCall,
     count_of_weights,
     describe,
@@ -164,13 +164,11 @@ def _saves(input: Tensor, layers: list[tuple]) -> list[bool]:
     return list(accumulate(own, or_))
 
 
-def _likeness(tensors: tuple[Tensor, ...], *settings) -> tuple | None:
+def _likeness(tensors: tuple[Tensor, ...], mode: str, backend: str, *others) -> tuple | None:
     """What a plain eager call has in common with those that are decided as it is; None for any other call."""
     if not is_ordinary(tensors):
         return None
-    mode, backend, *others = settings
-    grad = torch.is_grad_enabled()
-    return mode, settled_backend(backend), grad, *others, *map(_KIND, tensors)
+    return mode, settled_backend(backend), torch.is_grad_enabled(), *others, *map(_KIND, tensors)
 
 
 def _remember(like: tuple | None, decided: tuple) -> tuple:

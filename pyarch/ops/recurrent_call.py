@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyarch import hardware, native
-from pyarch.dispatch import Backend, Op, Reasons, accepts_all
+from pyarch import hardware
+from pyarch.dispatch import Backend, Op, accepts_all
+from pyarch.ops.kernel_refusals import cpu_refusals, cuda_refusals, triton_refusals
 from pyarch.ops.recurrent_measured import forward_concessions
 from pyarch.reference.recurrent import GATES
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RecurrentCall(NamedTuple):
@@ -154,37 +153,12 @@ remembered_fits = lru_cache(maxsize=4096)(fits)
 # -------------------------------------------------------------------------------- backends
 
 
-def _triton_refusals(call: RecurrentCall) -> Reasons:
-    if hardware.triton_version() is None:
-        yield "Triton not installed, needs triton >= 3.6"
-    if call.device != "cuda" and not hardware.triton_interprets():
-        yield f"device {call.device}, needs a GPU (or TRITON_INTERPRET=1)"
-    yield from _dtype_refusals(call)
-
-
-def _cuda_refusals(call: RecurrentCall) -> Reasons:
-    yield "CUDA C++ kernels not written yet, triton serves GPUs"
-
-
-def _cpu_refusals(call: RecurrentCall) -> Reasons:
-    if call.device != "cpu":
-        yield f"device {call.device}, needs cpu"
-    elif native.serving()[0] is None:
-        yield native.serving()[1]
-    yield from _dtype_refusals(call)
-
-
-def _dtype_refusals(call: RecurrentCall) -> Reasons:
-    if call.dtype not in KERNEL_DTYPES:
-        yield f"dtype {call.dtype}, needs float32, bfloat16 or float16"
-
-
 FORWARD = Op(
     "recurrent_forward",
     (
-        Backend("triton", "pyarch.triton_kernels.recurrent:forward", _triton_refusals),
-        Backend("cuda", "pyarch.cuda_kernels.recurrent:forward", _cuda_refusals),
-        Backend("cpu", "pyarch.ops.recurrent_cpu:forward", _cpu_refusals, forward_concessions),
+        Backend("triton", "pyarch.triton_kernels.recurrent:forward", triton_refusals),
+        Backend("cuda", "pyarch.cuda_kernels.recurrent:forward", cuda_refusals),
+        Backend("cpu", "pyarch.ops.recurrent_cpu:forward", cpu_refusals, forward_concessions),
         Backend("torch", "pyarch.ops.recurrent_torch:forward", accepts_all),
         Backend("reference", "pyarch.reference.recurrent:forward", accepts_all),
     ),
@@ -192,9 +166,9 @@ FORWARD = Op(
 BACKWARD = Op(
     "recurrent_backward",
     (
-        Backend("triton", "pyarch.triton_kernels.recurrent:backward", _triton_refusals),
-        Backend("cuda", "pyarch.cuda_kernels.recurrent:backward", _cuda_refusals),
-        Backend("cpu", "pyarch.ops.recurrent_cpu:backward", _cpu_refusals),
+        Backend("triton", "pyarch.triton_kernels.recurrent:backward", triton_refusals),
+        Backend("cuda", "pyarch.cuda_kernels.recurrent:backward", cuda_refusals),
+        Backend("cpu", "pyarch.ops.recurrent_cpu:backward", cpu_refusals),
         Backend("torch", "pyarch.ops.recurrent_torch:backward", accepts_all),
         Backend("reference", "pyarch.reference.recurrent:backward", accepts_all),
     ),
