@@ -13,6 +13,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <type_traits>
 
 #include "parallel.h"
 #include "vec.h"
@@ -31,6 +33,21 @@ struct RecurrentShape {
   // Blocks of H that a row's saved gates and gate gradients take: gru's fourth is q, and the input side's n.
   int64_t saved() const { return mode == Mode::lstm || mode == Mode::gru ? 4 : 1; }
 };
+
+// Calls body with the mode as a constant.
+template <class Body>
+void with_mode(Mode mode, Body&& body) {
+  switch (mode) {
+    case Mode::lstm:
+      return body(std::integral_constant<Mode, Mode::lstm>{});
+    case Mode::gru:
+      return body(std::integral_constant<Mode, Mode::gru>{});
+    case Mode::rnn_tanh:
+      return body(std::integral_constant<Mode, Mode::rnn_tanh>{});
+    case Mode::rnn_relu:
+      return body(std::integral_constant<Mode, Mode::rnn_relu>{});
+  }
+}
 
 // One direction's parameters, row-major; null where the layer has none.
 template <class T>
@@ -78,18 +95,14 @@ struct RecurrentBackward {
   const float* cells;
 };
 
-// Bytes of scratch that a call needs, given to it 64-byte aligned.
-template <class T>
-int64_t recurrent_forward_scratch(const RecurrentShape& shape, const RecurrentForward<T>& args, int threads);
-template <class T>
-int64_t recurrent_backward_scratch(const RecurrentShape& shape, const RecurrentBackward<T>& args,
-                                   int threads);
+// Gives so many bytes of scratch, 64-byte aligned, that live until the call ends.
+using GiveScratch = std::function<void*(int64_t bytes)>;
 
 template <class T>
-void recurrent_forward(const RecurrentShape& shape, const RecurrentForward<T>& args, void* scratch,
+void recurrent_forward(const RecurrentShape& shape, const RecurrentForward<T>& args, const GiveScratch& give,
                        int threads, const ParallelFor& parallel);
 template <class T>
-void recurrent_backward(const RecurrentShape& shape, const RecurrentBackward<T>& args, void* scratch,
-                        int threads, const ParallelFor& parallel);
+void recurrent_backward(const RecurrentShape& shape, const RecurrentBackward<T>& args,
+                        const GiveScratch& give, int threads, const ParallelFor& parallel);
 
 }  // namespace pyarch

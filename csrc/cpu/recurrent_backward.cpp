@@ -31,18 +31,15 @@ struct Rows {
 template <class T>
 class BackwardPass {
  public:
-  BackwardPass(const RecurrentShape& shape, const RecurrentBackward<T>& args, void* scratch, int threads)
+  BackwardPass(const RecurrentShape& shape, const RecurrentBackward<T>& args, int threads)
       : shape_(shape),
         args_(args),
         threads_(threads),
         steps_(shape),
-        plan_(plan_shards(shape, steps_, threads)) {
-    lay_out(scratch);
-  }
+        plan_(plan_shards(shape, steps_, threads)) {}
 
-  int64_t scratch_bytes() const { return scratch_bytes_; }
-
-  void run(const ParallelFor& parallel) {
+  void run(const GiveScratch& give, const ParallelFor& parallel) {
+    lay_out(give(lay_out(nullptr)));
     prepare(parallel);
     for (int64_t from = 0; from < shape_.steps; from += chunk_steps_) {
       const int64_t to = std::min(shape_.steps, from + chunk_steps_);
@@ -95,7 +92,8 @@ class BackwardPass {
   int64_t unprojected_columns() const { return Packed<Cell>::padded_columns(shape_.hidden, width_); }
   int64_t shared(const Shard& shard) const { return shard.direction * plan_.parts + shard.part; }
 
-  void lay_out(void* scratch) {
+  // Points into the scratch; without one only says how many bytes that takes.
+  int64_t lay_out(void* scratch) {
     Arena arena(scratch);
     const int64_t B = shape_.batch, H = shape_.hidden, P = shape_.projected, I = shape_.input_size;
     chunk_steps_ = std::clamp<int64_t>(ceil_divide(chunk_rows(H), std::max<int64_t>(1, B)), 1, shape_.steps);
@@ -124,6 +122,8 @@ class BackwardPass {
         direction.w_hr = arena.take<Cell>(projected_depth_ * unprojected_columns());
       }
     }
+    for (auto* pieces : {&carry_h_, &recent_sums_, &sums_}) pieces->clear();
+    weights_.clear();
     for (const Shard& shard : plan_.shards) {
       carry_h_.push_back(arena.take<float>(shard.rows() * columns(shard)));
       recent_sums_.push_back(arena.take<float>(shape_.saved() * shard.gate_stride()));
@@ -132,22 +132,14 @@ class BackwardPass {
         weights_.push_back(plan_.packs ? arena.take<Cell>(depth_ * columns(shard)) : nullptr);
     }
     lay_out_products(arena, N);
-    scratch_bytes_ = arena.used();
+    return arena.used();
   }
 
-  // The largest scratch of all products that follow the steps.
+  // The largest scratch of all products that follow the steps; parts of these take no more.
   void lay_out_products(Arena& arena, int64_t N) {
     const int64_t H = shape_.hidden, P = shape_.projected, I = shape_.input_size, GH = gate_units();
     int64_t bytes = 0;
-    for (const GemmShape& product : {GemmShape{N, I, GH},
-                                     {GH, I, N},
-                                     {GH, P, N},
-                                     {2 * H, P, N},
-                                     {H, P, N},
-                                     {P, H, N},
-                                     {GH, P, shape_.batch},
-                                     {2 * H, P, shape_.batch},
-                                     {H, P, shape_.batch}})
+    for (const GemmShape& product : {GemmShape{N, I, GH}, {GH, I, N}, {GH, P, N}, {P, H, N}})
       bytes = std::max({bytes, gemm_scratch_bytes<T, T>(product, threads_),
                         gemm_scratch_bytes<T, float>(product, threads_)});
     gemm_scratch_ = arena.take<std::byte>(bytes);
@@ -233,16 +225,7 @@ class BackwardPass {
   // -------------------------------------------------------------------------- steps
 
   void take_steps(int64_t from, int64_t to, const ParallelFor& parallel) {
-    switch (shape_.mode) {
-      case Mode::lstm:
-        return take_steps_of<Mode::lstm>(from, to, parallel);
-      case Mode::gru:
-        return take_steps_of<Mode::gru>(from, to, parallel);
-      case Mode::rnn_tanh:
-        return take_steps_of<Mode::rnn_tanh>(from, to, parallel);
-      case Mode::rnn_relu:
-        return take_steps_of<Mode::rnn_relu>(from, to, parallel);
-    }
+    with_mode(shape_.mode, [&](auto mode) { take_steps_of<mode>(from, to, parallel); });
   }
 
   template <Mode MODE>
@@ -264,10 +247,7 @@ class BackwardPass {
       if (to == shape_.steps)
         for (int64_t s = begin; s < end; ++s) write_initial_states(s);
     };
-    if (plan_.shards.size() == 1)
-      body(0, 1);
-    else
-      team.run(parallel, body);
+    team.run(parallel, body);
   }
 
   // The rows of the `from`-th to the last step before the `to`-th one back.
@@ -525,27 +505,20 @@ class BackwardPass {
   std::vector<Cell*> weights_;              // a direction and part
   void* gemm_scratch_;
   int width_;  // of all panels
-  int64_t chunk_steps_, depth_, projected_depth_, scratch_bytes_;
+  int64_t chunk_steps_, depth_, projected_depth_;
 };
 
 }  // namespace
 
 template <class T>
-int64_t recurrent_backward_scratch(const RecurrentShape& shape, const RecurrentBackward<T>& args,
-                                   int threads) {
-  return BackwardPass<T>(shape, args, nullptr, threads).scratch_bytes();
+void recurrent_backward(const RecurrentShape& shape, const RecurrentBackward<T>& args,
+                        const GiveScratch& give, int threads, const ParallelFor& parallel) {
+  BackwardPass<T>(shape, args, threads).run(give, parallel);
 }
 
-template <class T>
-void recurrent_backward(const RecurrentShape& shape, const RecurrentBackward<T>& args, void* scratch,
-                        int threads, const ParallelFor& parallel) {
-  BackwardPass<T>(shape, args, scratch, threads).run(parallel);
-}
-
-#define INSTANTIATE(T)                                                                                     \
-  template int64_t recurrent_backward_scratch<T>(const RecurrentShape&, const RecurrentBackward<T>&, int); \
-  template void recurrent_backward<T>(const RecurrentShape&, const RecurrentBackward<T>&, void*, int,      \
-                                      const ParallelFor&);
+#define INSTANTIATE(T)                                                                    \
+  template void recurrent_backward<T>(const RecurrentShape&, const RecurrentBackward<T>&, \
+                                      const GiveScratch&, int, const ParallelFor&);
 INSTANTIATE(float)
 INSTANTIATE(bfloat16)
 INSTANTIATE(float16)

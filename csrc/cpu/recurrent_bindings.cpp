@@ -55,6 +55,17 @@ std::vector<Pointers> pointers_of(const std::vector<Tensor>& flat, int64_t direc
   return pointers;
 }
 
+// Memory of torch's, as long as this lives.
+struct Scratch {
+  const Tensor& beside;
+  std::optional<Tensor> memory;
+
+  void* operator()(int64_t bytes) {
+    memory = scratch_bytes(beside, bytes);
+    return data<void>(*memory);
+  }
+};
+
 void forward(const Tensor& output, const Tensor& h_n, const std::optional<Tensor>& c_n,
              const std::optional<Tensor>& gates, const std::optional<Tensor>& cells, const Tensor& input,
              const Tensor& h0, const std::optional<Tensor>& c0, std::vector<Tensor> weights,
@@ -67,8 +78,8 @@ void forward(const Tensor& output, const Tensor& h_n, const std::optional<Tensor
     const RecurrentForward<T> args{data<T>(output), data<T>(h_n),       data<T>(c_n),
                                    data<T>(gates),  data<float>(cells), data<T>(input),
                                    data<T>(h0),     data<T>(c0),        parameters.data()};
-    const Tensor scratch = scratch_bytes(input, recurrent_forward_scratch(shape, args, threads));
-    recurrent_forward(shape, args, data<void>(scratch), threads, on_torch_threads);
+    Scratch scratch{input};
+    recurrent_forward<T>(shape, args, std::ref(scratch), threads, on_torch_threads);
   });
 }
 
@@ -89,8 +100,8 @@ void backward(const std::optional<Tensor>& grad_input, const std::optional<Tenso
         data<T>(grad_input), data<T>(grad_h0),  data<T>(grad_c0), gradients.data(),  data<T>(grad_output),
         data<T>(grad_h_n),   data<T>(grad_c_n), data<T>(input),   data<T>(h0),       data<T>(c0),
         parameters.data(),   data<T>(output),   data<T>(gates),   data<float>(cells)};
-    const Tensor scratch = scratch_bytes(input, recurrent_backward_scratch(shape, args, threads));
-    recurrent_backward(shape, args, data<void>(scratch), threads, on_torch_threads);
+    Scratch scratch{input};
+    recurrent_backward<T>(shape, args, std::ref(scratch), threads, on_torch_threads);
   });
 }
 

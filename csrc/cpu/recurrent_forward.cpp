@@ -16,18 +16,15 @@ constexpr int64_t LEAST_CHUNK_FLOATS = 1 << 16, MOST_CHUNK_FLOATS = 1 << 18;
 template <class T>
 class ForwardPass {
  public:
-  ForwardPass(const RecurrentShape& shape, const RecurrentForward<T>& args, void* scratch, int threads)
+  ForwardPass(const RecurrentShape& shape, const RecurrentForward<T>& args, int threads)
       : shape_(shape),
         args_(args),
         threads_(threads),
         steps_(shape),
-        plan_(plan_shards(shape, steps_, threads)) {
-    lay_out(scratch);
-  }
+        plan_(plan_shards(shape, steps_, threads)) {}
 
-  int64_t scratch_bytes() const { return scratch_bytes_; }
-
-  void run(const ParallelFor& parallel) {
+  void run(const GiveScratch& give, const ParallelFor& parallel) {
+    lay_out(give(lay_out(nullptr)));
     prepare(parallel);
     for (int64_t from = 0; from < shape_.steps; from += chunk_steps_) {
       const int64_t to = std::min(shape_.steps, from + chunk_steps_);
@@ -41,17 +38,18 @@ class ForwardPass {
 
   // What a direction's steps read and write beside the arguments.
   struct Direction {
-    float *bias_ih, *bias_hh;  // (G * H); a shard's gates apart as in its product, shards one after another
-    float* input_side;         // sums of a chunk's rows; null where they are made in place
-    Cell* h[2];                // (B, padded P)
-    float* carry;              // (B, H)
-    T* unprojected;            // (B, H): o tanh(c)
-    Cell* unprojected_cells;   // (B, padded H)
-    float* projected;          // (B, padded P)
+    float* bias_ih;           // (G * H)
+    float* input_side;        // sums of a chunk's rows; null where they are made in place
+    Cell* h[2];               // (B, padded P)
+    float* carry;             // (B, H)
+    T* unprojected;           // (B, H): o tanh(c)
+    Cell* unprojected_cells;  // (B, padded H)
+    float* projected;         // (B, padded P)
     Cell* w_hr;
   };
 
-  void lay_out(void* scratch) {
+  // Points into the scratch; without one only says how many bytes that takes.
+  int64_t lay_out(void* scratch) {
     Arena arena(scratch);
     const int64_t B = shape_.batch, H = shape_.hidden, GH = shape_.gates() * H;
     depth_ = Packed<Cell>::padded_depth(shape_.projected);
@@ -72,6 +70,8 @@ class ForwardPass {
         direction.w_hr = arena.take<Cell>(Packed<Cell>::padded_depth(H) * projected_columns());
       }
     }
+    for (auto* pieces : {&hidden_side_, &bias_}) pieces->clear();
+    weights_.clear();
     for (const Shard& shard : plan_.shards) {
       hidden_side_.push_back(arena.take<float>(shard.rows() * columns(shard)));
       if (shard.row_begin > 0) continue;  // weights and bias are shared by all tiles
@@ -80,7 +80,7 @@ class ForwardPass {
     }
     gemm_scratch_ =
         arena.take<std::byte>(gemm_scratch_bytes<T, float>(input_product(chunk_steps_ * B), threads_));
-    scratch_bytes_ = arena.used();
+    return arena.used();
   }
 
   GemmShape input_product(int64_t rows) const {
@@ -194,16 +194,7 @@ class ForwardPass {
   // -------------------------------------------------------------------------- steps
 
   void take_steps(int64_t from, int64_t to, const ParallelFor& parallel) {
-    switch (shape_.mode) {
-      case Mode::lstm:
-        return take_steps_of<Mode::lstm>(from, to, parallel);
-      case Mode::gru:
-        return take_steps_of<Mode::gru>(from, to, parallel);
-      case Mode::rnn_tanh:
-        return take_steps_of<Mode::rnn_tanh>(from, to, parallel);
-      case Mode::rnn_relu:
-        return take_steps_of<Mode::rnn_relu>(from, to, parallel);
-    }
+    with_mode(shape_.mode, [&](auto mode) { take_steps_of<mode>(from, to, parallel); });
   }
 
   template <Mode MODE>
@@ -222,10 +213,7 @@ class ForwardPass {
       if (to == shape_.steps)
         for (int64_t s = begin; s < end; ++s) write_final_states(plan_.shards[s]);
     };
-    if (plan_.shards.size() == 1)
-      body(0, 1);
-    else
-      team.run(parallel, body);
+    team.run(parallel, body);
   }
 
   template <Mode MODE>
@@ -319,30 +307,24 @@ class ForwardPass {
   Direction directions_[2] = {};
   std::vector<float*> hidden_side_;  // a shard
   std::vector<Cell*> weights_;       // a direction and part
-  std::vector<float*> bias_;
+  std::vector<float*> bias_;         // likewise: b_hh, gates as in the product
   void* gemm_scratch_;
   int width_;  // of all panels
-  int64_t depth_, chunk_steps_, scratch_bytes_;
+  int64_t depth_, chunk_steps_;
   bool in_place_;
 };
 
 }  // namespace
 
 template <class T>
-int64_t recurrent_forward_scratch(const RecurrentShape& shape, const RecurrentForward<T>& args, int threads) {
-  return ForwardPass<T>(shape, args, nullptr, threads).scratch_bytes();
-}
-
-template <class T>
-void recurrent_forward(const RecurrentShape& shape, const RecurrentForward<T>& args, void* scratch,
+void recurrent_forward(const RecurrentShape& shape, const RecurrentForward<T>& args, const GiveScratch& give,
                        int threads, const ParallelFor& parallel) {
-  ForwardPass<T>(shape, args, scratch, threads).run(parallel);
+  ForwardPass<T>(shape, args, threads).run(give, parallel);
 }
 
-#define INSTANTIATE(T)                                                                                   \
-  template int64_t recurrent_forward_scratch<T>(const RecurrentShape&, const RecurrentForward<T>&, int); \
-  template void recurrent_forward<T>(const RecurrentShape&, const RecurrentForward<T>&, void*, int,      \
-                                     const ParallelFor&);
+#define INSTANTIATE(T)                                                                                      \
+  template void recurrent_forward<T>(const RecurrentShape&, const RecurrentForward<T>&, const GiveScratch&, \
+                                     int, const ParallelFor&);
 INSTANTIATE(float)
 INSTANTIATE(bfloat16)
 INSTANTIATE(float16)

@@ -34,6 +34,7 @@ class Team {
 
   // Calls body(begin, end) for ranges that cover all shards and run at the same time.
   void run(const ParallelFor& parallel, const std::function<void(int64_t, int64_t)>& body) {
+    if (shards_ == 1) return body(0, 1);
     parallel(shards_, [&](int64_t begin, int64_t end) {
       const Range range = gather({begin, end});
       if (range.begin < range.end) body(range.begin, range.end);
