@@ -27,7 +27,13 @@ from setuptools.errors import CompileError, LinkError
 
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
-LIBRARIES = {"_cpu_avx2": AVX2, "_cpu_avx512": AVX512, "_cpu_avx512_bf16": f"{AVX512} -mavx512bf16"}
+AVX512_BF16 = f"{AVX512} -mavx512bf16"
+LIBRARIES = {
+    "_cpu_avx2": AVX2,
+    "_cpu_avx512": AVX512,
+    "_cpu_avx512_bf16": AVX512_BF16,
+    "_cpu_amx": f"{AVX512_BF16} -mamx-tile -mamx-bf16",
+}
 # Hidden, symbolic, not unique: no inline function of one instruction set may serve another's library.
 COMPILE_FLAGS = "-O3 -g0 -std=c++20 -fno-math-errno -fno-wrapv -fvisibility=hidden -fno-gnu-unique"
 # GCC 12 warns thousands of times of the deliberately undefined vectors in its own headers.

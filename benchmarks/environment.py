@@ -26,7 +26,11 @@ INSTRUCTION_SETS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "PYARCH_CPU_ISA": "avx2"},
     "avx512": {"PYARCH_CPU_ISA": "avx512"},
     "avx512_bf16": {"PYARCH_CPU_ISA": "avx512_bf16"},
+    "amx": {"PYARCH_CPU_ISA": "amx"},
 }
+
+# Measuring memory starts torch's profiler, whose library writes of every start and stop.
+QUIET = {"KINETO_LOG_LEVEL": "99"}
 
 # AMD's brand string often hides the generation: (family, model range) -> name.
 AMD_GENERATIONS = (
@@ -41,7 +45,7 @@ AMD_GENERATIONS = (
 
 NOTED_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16")
 NOTED_LIBRARIES = re.compile(
-    r"(gomp|iomp5|jemalloc|tcmalloc|mimalloc|pyarch|_cpu_avx|torch_cpu|torch_cuda|cudnn)"
+    r"(gomp|iomp5|jemalloc|tcmalloc|mimalloc|pyarch|_cpu_avx|_cpu_amx|torch_cpu|torch_cuda|cudnn)"
 )
 
 
@@ -51,7 +55,7 @@ def process_environment(allocator: str, instruction_set: str, threads: int | Non
         name for states in (ALLOCATORS, INSTRUCTION_SETS) for state in states.values() for name in state
     }
     kept = {name: value for name, value in os.environ.items() if name not in switches}
-    chosen = ALLOCATORS[allocator] | INSTRUCTION_SETS[instruction_set]
+    chosen = ALLOCATORS[allocator] | INSTRUCTION_SETS[instruction_set] | QUIET
     return kept | chosen | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
@@ -103,6 +107,11 @@ def cpu_facts() -> dict:
         "instruction_sets": [flag for flag in NOTED_FLAGS if flag in flags],
         "cores": len(os.sched_getaffinity(0)),
     }
+
+
+def cpu_words(cpu: dict) -> str:
+    """The CPU's model, and whether it has matrix tiles, which torch's bf16 products then run on."""
+    return cpu["model"] + " with AMX" * ("amx_bf16" in cpu.get("instruction_sets", ()))
 
 
 def device_slug(device: str, cpu: dict) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 # Fastest first. Each is built into its own library, pyarch/_cpu_<name>.so; flags as /proc/cpuinfo names them.
+_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"}
 CPU_INSTRUCTION_SETS = {
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"},
+    "amx": _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512_bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
     "avx2": {"avx2", "fma", "f16c"},
 }
 _CPUINFO = Path("/proc/cpuinfo")

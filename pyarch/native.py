@@ -36,6 +36,9 @@ def load(instruction_set: str) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load under torch {torch.__version__}: {error}, {BUILD}"
+    namespace = getattr(torch.ops, f"pyarch_cpu_{instruction_set}")
+    if instruction_set == "amx" and not namespace.permit_tile_registers():
+        return "instruction set amx, the operating system keeps its tile registers from this process"
     return None
 
 

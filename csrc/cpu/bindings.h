@@ -36,10 +36,16 @@ T* data(const std::optional<Tensor>& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
-// Memory for a kernel to work in, from torch's allocator; it lives as long as the tensor.
-inline Tensor scratch_bytes(const Tensor& beside, int64_t bytes) {
-  return torch::stable::new_empty(beside, {bytes}, ScalarType::Byte);
-}
+// Memory for a kernel to work in, from torch's allocator, as long as this lives.
+struct Scratch {
+  const Tensor& beside;
+  std::optional<Tensor> memory = {};
+
+  void* operator()(int64_t bytes) {
+    memory = torch::stable::new_empty(beside, {bytes}, ScalarType::Byte);
+    return data<void>(*memory);
+  }
+};
 
 // Calls body with a value of the element type that the tensor holds; `caller` is named where it holds another.
 template <class Body>

@@ -27,9 +27,10 @@ void matmul(const Tensor& out, const Tensor& a, const Tensor& b, const std::opti
     using T = decltype(element);
     const auto multiply_into = [&](auto out_element) {
       using Out = decltype(out_element);
-      const Tensor scratch = scratch_bytes(a, gemm_scratch_bytes<T, Out>(shape, threads));
+      Scratch scratch{a};
       gemm<T, Out>(shape, operand<T>(a), operand<T>(b), data<float>(bias), accumulate,
-                   {data<Out>(out), out.stride(0)}, data<void>(scratch), threads, on_torch_threads);
+                   {data<Out>(out), out.stride(0)}, scratch(gemm_scratch_bytes<T, Out>(shape, threads)),
+                   threads, on_torch_threads);
     };
     if (out.scalar_type() == ScalarType::Float) return multiply_into(float{});
     STD_TORCH_CHECK(out.scalar_type() == a.scalar_type(), "matmul: needs out in float32 or the dtype of a");

@@ -10,4 +10,7 @@ namespace pyarch {
 using ParallelFor =
     std::function<void(int64_t tasks, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
+// Gives so many bytes of scratch, 64-byte aligned, that live until the call ends.
+using GiveScratch = std::function<void*(int64_t bytes)>;
+
 }  // namespace pyarch

@@ -95,9 +95,6 @@ struct RecurrentBackward {
   const float* cells;
 };
 
-// Gives so many bytes of scratch, 64-byte aligned, that live until the call ends.
-using GiveScratch = std::function<void*(int64_t bytes)>;
-
 template <class T>
 void recurrent_forward(const RecurrentShape& shape, const RecurrentForward<T>& args, const GiveScratch& give,
                        int threads, const ParallelFor& parallel);

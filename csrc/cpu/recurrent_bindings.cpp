@@ -55,17 +55,6 @@ std::vector<Pointers> pointers_of(const std::vector<Tensor>& flat, int64_t direc
   return pointers;
 }
 
-// Memory of torch's, as long as this lives.
-struct Scratch {
-  const Tensor& beside;
-  std::optional<Tensor> memory;
-
-  void* operator()(int64_t bytes) {
-    memory = scratch_bytes(beside, bytes);
-    return data<void>(*memory);
-  }
-};
-
 void forward(const Tensor& output, const Tensor& h_n, const std::optional<Tensor>& c_n,
              const std::optional<Tensor>& gates, const std::optional<Tensor>& cells, const Tensor& input,
              const Tensor& h0, const std::optional<Tensor>& c0, std::vector<Tensor> weights,

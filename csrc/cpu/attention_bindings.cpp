@@ -1,0 +1,178 @@
+// Binds attention; see bindings.h and attention.h.
+#include "attention.h"
+#include "attention_tile.h"
+
+#include "bindings.h"
+
+namespace pyarch {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+// What a call passes beside its tensors, in the order of the Python side's tuples.
+struct Numbers {
+  double scale, softcap, dropout;
+  bool is_causal;
+  int64_t left, right, dilation, global_tokens, query_offset, seed;
+};
+
+template <class T>
+Heads<T> heads_of(const Tensor& tensor) {
+  return {data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+template <class T>
+PerScore<T> per_score(const MaybeTensor& tensor) {
+  if (!tensor) return {};
+  const auto stride = [&](int64_t d) { return tensor->size(d) == 1 ? 0 : tensor->stride(d); };
+  return {data<T>(*tensor), stride(0), stride(1), stride(2), stride(3)};
+}
+
+PerToken per_token(const MaybeTensor& tensor) {
+  if (!tensor) return {};
+  return {data<const uint8_t>(*tensor), tensor->stride(0), tensor->stride(1), tensor->size(1)};
+}
+
+AttentionShape shape_of(const Tensor& query, const Tensor& key, int64_t value_dim) {
+  return {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value_dim};
+}
+
+AttentionPattern pattern_of(const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& global,
+                            const Numbers& numbers) {
+  return {numbers.is_causal,
+          numbers.left < 0 ? UNBOUNDED : numbers.left,
+          numbers.right < 0 ? UNBOUNDED : numbers.right,
+          numbers.dilation,
+          numbers.global_tokens,
+          numbers.query_offset,
+          per_score<const uint8_t>(mask),
+          per_token(padding),
+          per_token(global)};
+}
+
+template <class T>
+AttentionScores<T> scores_of(const MaybeTensor& bias, const MaybeTensor& sinks, const Numbers& numbers) {
+  const bool single = bias && bias->scalar_type() == ScalarType::Float;
+  return {float(numbers.scale),
+          float(numbers.softcap),
+          single ? PerScore<const T>{} : per_score<const T>(bias),
+          single ? per_score<const float>(bias) : PerScore<const float>{},
+          data<const float>(sinks),
+          numbers.dropout,
+          uint64_t(numbers.seed)};
+}
+
+void forward(const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key,
+             const Tensor& value, const MaybeTensor& mask, const MaybeTensor& bias,
+             const MaybeTensor& padding, const MaybeTensor& global, const MaybeTensor& sinks, double scale,
+             double softcap, double dropout, bool is_causal, int64_t left, int64_t right, int64_t dilation,
+             int64_t global_tokens, int64_t query_offset, int64_t seed) {
+  const Numbers numbers{scale, softcap,  dropout,       is_causal,    left,
+                        right, dilation, global_tokens, query_offset, seed};
+  with_element_type("attention_forward", query, [&](auto element) {
+    using T = decltype(element);
+    const AttentionForward<T> args{shape_of(query, key, value.size(3)),
+                                   pattern_of(mask, padding, global, numbers),
+                                   scores_of<T>(bias, sinks, numbers),
+                                   heads_of<const T>(query),
+                                   heads_of<const T>(key),
+                                   heads_of<const T>(value),
+                                   heads_of<T>(out),
+                                   data<float>(lse)};
+    Scratch scratch{out};
+    attention_forward<T>(args, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
+                         on_torch_threads);
+  });
+}
+
+void backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad, const MaybeTensor& value_grad,
+              const MaybeTensor& bias_grad, const Tensor& out_grad, const MaybeTensor& lse_grad,
+              const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+              const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& bias, const MaybeTensor& padding,
+              const MaybeTensor& global, const MaybeTensor& sinks, double scale, double softcap,
+              double dropout, bool is_causal, int64_t left, int64_t right, int64_t dilation,
+              int64_t global_tokens, int64_t query_offset, int64_t seed) {
+  const Numbers numbers{scale, softcap,  dropout,       is_causal,    left,
+                        right, dilation, global_tokens, query_offset, seed};
+  with_element_type("attention_backward", query, [&](auto element) {
+    using T = decltype(element);
+    const auto grad = [](const MaybeTensor& tensor) { return tensor ? heads_of<T>(*tensor) : Heads<T>{}; };
+    const AttentionBackward<T> args{shape_of(query, key, value.size(3)),
+                                    pattern_of(mask, padding, global, numbers),
+                                    scores_of<T>(bias, sinks, numbers),
+                                    heads_of<const T>(query),
+                                    heads_of<const T>(key),
+                                    heads_of<const T>(value),
+                                    heads_of<const T>(out),
+                                    heads_of<const T>(out_grad),
+                                    data<const float>(lse),
+                                    data<const float>(lse_grad),
+                                    grad(query_grad),
+                                    grad(key_grad),
+                                    grad(value_grad),
+                                    per_score<float>(bias_grad)};
+    Scratch scratch{out};
+    attention_backward<T>(args, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
+                          on_torch_threads);
+  });
+}
+
+void weights(const Tensor& weights, const Tensor& query, const Tensor& key, const Tensor& lse, bool mean,
+             const MaybeTensor& mask, const MaybeTensor& bias, const MaybeTensor& padding,
+             const MaybeTensor& global, const MaybeTensor& sinks, double scale, double softcap,
+             double dropout, bool is_causal, int64_t left, int64_t right, int64_t dilation,
+             int64_t global_tokens, int64_t query_offset, int64_t seed) {
+  const Numbers numbers{scale, softcap,  dropout,       is_causal,    left,
+                        right, dilation, global_tokens, query_offset, seed};
+  with_element_type("attention_weights", query, [&](auto element) {
+    using T = decltype(element);
+    const AttentionWeights<T> args{shape_of(query, key, query.size(3)),
+                                   pattern_of(mask, padding, global, numbers),
+                                   scores_of<T>(bias, sinks, numbers),
+                                   heads_of<const T>(query),
+                                   heads_of<const T>(key),
+                                   data<const float>(lse),
+                                   data<T>(weights),
+                                   mean};
+    Scratch scratch{weights};
+    attention_weights<T>(args, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
+                         on_torch_threads);
+  });
+}
+
+}  // namespace
+}  // namespace pyarch
+
+#define NUMBERS                                                                                    \
+  "float scale, float softcap, float dropout, bool is_causal, int left, int right, int dilation, " \
+  "int global_tokens, int query_offset, int seed"
+#define EXTRAS "Tensor? mask, Tensor? bias, Tensor? padding, Tensor? global_mask, Tensor? sinks, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(PYARCH_NAMESPACE, library) {
+  library.def(
+      "attention_forward(Tensor(a!) out, Tensor(b!) lse, Tensor query, Tensor key, Tensor "
+      "value, " EXTRAS NUMBERS ") -> ()");
+  library.def(
+      "attention_backward(Tensor(a!)? query_grad, Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? "
+      "bias_grad, Tensor out_grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, " EXTRAS NUMBERS ") -> ()");
+  library.def(
+      "attention_weights(Tensor(a!) weights, Tensor query, Tensor key, Tensor lse, bool mean, " EXTRAS NUMBERS
+      ") -> ()");
+}
+
+#if defined(__AMX_BF16__)
+
+STABLE_TORCH_LIBRARY_FRAGMENT(PYARCH_NAMESPACE, library) { library.def("permit_tile_registers() -> bool"); }
+
+STABLE_TORCH_LIBRARY_IMPL(PYARCH_NAMESPACE, CompositeExplicitAutograd, library) {
+  library.impl("permit_tile_registers", TORCH_BOX(&pyarch::permit_tile_registers));
+}
+
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(PYARCH_NAMESPACE, CPU, library) {
+  library.impl("attention_forward", TORCH_BOX(&pyarch::forward));
+  library.impl("attention_backward", TORCH_BOX(&pyarch::backward));
+  library.impl("attention_weights", TORCH_BOX(&pyarch::weights));
+}

@@ -1,0 +1,303 @@
+// Attention, forward; see attention.h.
+//
+// A strip of queries meets the keys block by block (Milakov, Gimelshein, "Online normalizer calculation for softmax",
+// 2018; Dao, Fu, Ermon, Rudra, Re, "FlashAttention", 2022). With m the largest exponent yet, base 2:
+//
+//   p = 2^(x - m'),   l = l * 2^(m - m') + sum p,   o = o * 2^(m - m') + p v,   m = m'
+//
+// Where there are enough heads each thread takes whole ones, so that what it packs stays in its cache. Where there are
+// few, all are packed first and their chunks of queries shared out.
+#include <cmath>
+#include <cstring>
+
+#include "attention_operands.h"
+#include "attention_probabilities.h"
+#include "attention_tasks.h"
+
+namespace pyarch {
+namespace {
+
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+// What a strip knows between two blocks.
+struct StripState {
+  float exponents[LANES];     // largest yet, of 2, a row each
+  float sums[LANES * LANES];  // of probabilities, in lanes
+  bool fresh;                 // nothing seen yet
+};
+
+template <class T>
+class Forward {
+  using S = Step<T>;
+
+ public:
+  Forward(const AttentionForward<T>& args, int64_t threads)
+      : args_(args),
+        shape_(args.shape),
+        rule_{args.scores},
+        dropout_(args.scores.dropout, args.scores.seed),
+        units_(shape_.batch * shape_.kv_heads),
+        chunks_(ceil_div(shape_.queries, CHUNK<T>)),
+        key_floats_(row_panels_floats<T>(shape_.keys, shape_.head_dim)),
+        value_floats_(column_panels_floats<T>(shape_.keys, shape_.value_dim)),
+        value_panels_(ceil_div(shape_.value_dim, PANEL)),
+        query_steps_(steps_of<T>(shape_.head_dim)),
+        clears_(clears_keys(shape_, args.pattern)),
+        tasks_(attention_work(shape_), threads) {
+    whole_units_ = tasks_.share_evenly(units_);
+  }
+
+  void run(const GiveScratch& give, const ParallelFor& parallel) {
+    const int64_t packed_bytes = aligned((key_floats_ + value_floats_) * int64_t(sizeof(float)));
+    const int64_t copy_bytes =
+        aligned(shape_.keys * (shape_.head_dim + shape_.value_dim) * int64_t(sizeof(T)));
+    const int64_t packed = whole_units_ ? tasks_.threads() : units_, copies = clears_ ? packed : 0;
+    const int64_t work_bytes =
+        aligned(int64_t(sizeof(Work))) +
+        aligned(CHUNK_STRIPS<T> * strip_floats<T>(shape_.head_dim) * int64_t(sizeof(float))) +
+        aligned(CHUNK<T> * value_pitch() * int64_t(sizeof(float)));
+    char* const memory =
+        static_cast<char*>(give(packed * packed_bytes + copies * copy_bytes + tasks_.threads() * work_bytes));
+    char* const works = memory + packed * packed_bytes + copies * copy_bytes;
+    const auto panels = [&](int64_t i) { return reinterpret_cast<float*>(memory + i * packed_bytes); };
+    const auto copy = [&](int64_t i) {
+      return reinterpret_cast<T*>(memory + packed * packed_bytes + i * copy_bytes);
+    };
+
+    if (!whole_units_)
+      tasks_.template each<T>(2 * units_, parallel, [&](int64_t task, int64_t) {
+        pack_unit(task / 2, task % 2 == 0, task % 2 == 1, panels(task / 2),
+                  clears_ ? copy(task / 2) : nullptr);
+      });
+    const int64_t chunks = shape_.group() * chunks_;
+    tasks_.template each<T>(
+        whole_units_ ? units_ : units_ * chunks, parallel, [&](int64_t task, int64_t thread) {
+          const int64_t unit = whole_units_ ? task : task / chunks;
+          const int64_t place = whole_units_ ? thread : unit;
+          if (whole_units_) pack_unit(unit, true, true, panels(place), clears_ ? copy(place) : nullptr);
+          const Sight sight(shape_, args_.pattern, unit / shape_.kv_heads);
+          const int64_t begin = whole_units_ ? 0 : task % chunks, end = whole_units_ ? chunks : begin + 1;
+          for (int64_t chunk = begin; chunk < end; ++chunk)
+            run_chunk(sight, unit, chunk / chunks_, chunk % chunks_, panels(place),
+                      works + thread * work_bytes);
+        });
+  }
+
+ private:
+  struct Work {
+    alignas(64) float scores[STRIP<T> * KEY_PITCH];
+    alignas(64) float maxima[LANES * LANES];
+    alignas(64) float factors[LANES], shifts[LANES];
+    alignas(64) uint8_t visible[STRIP<T> * KEY_BLOCK];
+    alignas(64) uint8_t kept[Dropout::BYTES];
+    StripState states[CHUNK_STRIPS<T>];
+  };
+
+  // One head's chunk of queries on its way through the keys.
+  struct Chunk {
+    const Sight& sight;
+    int64_t batch, head;
+    const float *keys, *values;
+    Work& work;
+    float *queries, *sums;  // packed strips; CHUNK_ROWS x value_pitch
+  };
+
+  int64_t value_pitch() const { return value_panels_ * PANEL; }
+
+  void pack_unit(int64_t unit, bool keys, bool values, float* panels, T* copy) const {
+    const int64_t b = unit / shape_.kv_heads, h = unit % shape_.kv_heads;
+    Rows<T> key = Rows<T>::of(args_.key, b, h, shape_.head_dim);
+    Rows<T> value = Rows<T>::of(args_.value, b, h, shape_.value_dim);
+    const Sight sight(shape_, args_.pattern, b);
+    if (copy && !sight.sees_every_key()) {
+      const std::vector<uint8_t> seen = sight.seen({h * shape_.group(), (h + 1) * shape_.group()});
+      if (keys) key = copy_kept(key, shape_.keys, seen.data(), copy);
+      if (values) value = copy_kept(value, shape_.keys, seen.data(), copy + shape_.keys * shape_.head_dim);
+    }
+    if (keys) pack_row_panels(key, shape_.keys, panels);
+    if (values) pack_column_panels(value, shape_.keys, panels + key_floats_);
+  }
+
+  void run_chunk(const Sight& sight, int64_t unit, int64_t head_of_group, int64_t index, const float* panels,
+                 char* memory) const {
+    const int64_t b = unit / shape_.kv_heads;
+    const int64_t h = unit % shape_.kv_heads * shape_.group() + head_of_group;
+    const Span rows{shape_.queries * index / chunks_, shape_.queries * (index + 1) / chunks_};
+    const int64_t strips = ceil_div(rows.size(), STRIP<T>);
+    const auto strip_rows = [&](int64_t s) {
+      return Span{rows.begin + rows.size() * s / strips, rows.begin + rows.size() * (s + 1) / strips};
+    };
+    Work& work = *reinterpret_cast<Work*>(memory);
+    float* const queries = reinterpret_cast<float*>(memory + aligned(sizeof(Work)));
+    const int64_t query_floats = strip_floats<T>(shape_.head_dim);
+    float* const sums = queries + CHUNK_STRIPS<T> * query_floats;
+    const auto strip_sums = [&](int64_t s) { return sums + s * STRIP<T> * value_pitch(); };
+    const Chunk chunk{sight, b, h, panels, panels + key_floats_, work, queries, sums};
+
+    const Rows<T> query = Rows<T>::of(args_.query, b, h, shape_.head_dim);
+    for (int64_t s = 0; s < strips; ++s) {
+      const Span strip = strip_rows(s);
+      pack_strip(query.from(strip.begin), strip.size(), queries + s * query_floats);
+      StripState& state = work.states[s];
+      state.fresh = true;
+      std::fill(state.exponents, state.exponents + LANES, MINUS_INFINITY);
+      std::fill(state.sums, state.sums + LANES * LANES, 0.0f);
+    }
+    sight.each_block(rows, {0, shape_.keys}, [&](Span block) {
+      for (int64_t s = 0; s < strips; ++s)
+        sight.each_block(strip_rows(s), block, [&](Span keys) {
+          attend(chunk, strip_rows(s), keys, work.states[s], queries + s * query_floats, strip_sums(s));
+        });
+    });
+    for (int64_t s = 0; s < strips; ++s) finish(chunk, strip_rows(s), work.states[s], strip_sums(s));
+  }
+
+  // One strip meets one block of keys.
+  void attend(const Chunk& chunk, Span rows, Span keys, StripState& state, const float* queries,
+              float* sums) const {
+    Work& work = chunk.work;
+    const int64_t count = rows.size();
+    const bool all = chunk.sight.sees_all(rows, keys), plain = rule_.is_plain();
+    if (!all) {
+      bool any = false;
+      for (int64_t r = 0; r < count; ++r)
+        any |= chunk.sight.look(chunk.head, rows.begin + r, keys, work.visible + r * KEY_BLOCK);
+      if (!any) return;
+    }
+    // Whether what the micro-kernel makes needs no change, and it finds the largest.
+    const bool ready = all && plain && !IN_TILES<T>;
+    for (int64_t r = 0; r < LANES; ++r) store(work.maxima + r * LANES, broadcast(MINUS_INFINITY));
+    const int64_t panel_floats = row_panel_floats<T>(shape_.head_dim);
+    for (int64_t key = keys.begin; key < keys.end; key += PANEL)
+      multiply_scores<T>(count, {queries, chunk.keys + key / PANEL * panel_floats, query_steps_,
+                                 work.scores + key - keys.begin, ready ? work.maxima : nullptr});
+    const int64_t width = ceil_div(keys.size(), PANEL) * PANEL;
+    if (!ready)
+      for (int64_t r = 0; r < count; ++r) change_row(chunk, rows.begin + r, r, keys, width, all, plain);
+    update_exponents(work, state, plain);
+    for (int64_t r = 0; r < count; ++r) exponentiate_row(chunk, rows.begin + r, r, keys, width, state, plain);
+
+    const int64_t steps = steps_of<T>(keys.size()), first = keys.begin / S::ELEMENTS * PANEL;
+    for (int64_t panel = 0; panel < value_panels_; ++panel)
+      multiply_sums<T>(count, shape_.value_dim - panel * PANEL,
+                       {work.scores, chunk.values + panel * column_panel_floats<T>(shape_.keys) + first,
+                        steps, sums + panel * PANEL, value_pitch(), work.factors, state.fresh});
+    state.fresh = false;
+  }
+
+  // What the products of a row become before the softmax; and their largest.
+  void change_row(const Chunk& chunk, int64_t query, int64_t r, Span keys, int64_t width, bool all,
+                  bool plain) const {
+    Work& work = chunk.work;
+    float* const scores = work.scores + r * KEY_PITCH;
+    const uint8_t* const visible = work.visible + r * KEY_BLOCK;
+    const auto biases = rule_.biases(chunk.batch, chunk.head, query, keys.begin);
+    Vec largest = broadcast(MINUS_INFINITY);
+    for (int64_t k = 0; k < width; k += LANES) {
+      Vec x = load(scores + k);
+      if (!plain) {
+        const Vec tanh_of_it = args_.scores.softcap != 0 ? rule_.capped(x) : x;
+        x = rule_.exponent(x, tanh_of_it, biases.at(k, keys.size()));
+      }
+      if (!all) x = where(visible + k, x, broadcast(MINUS_INFINITY));
+      if (!(all && plain)) store(scores + k, x);
+      largest = larger_of(largest, x);
+    }
+    store(work.maxima + r * LANES, largest);
+  }
+
+  // m', 2^(m - m') and what is taken from exponents, for every row at once.
+  void update_exponents(Work& work, StripState& state, bool plain) const {
+    Vec rows[LANES];
+    unrolled<LANES>([&](auto r) { rows[r] = load(work.maxima + r * LANES); });
+    transpose(rows);
+    Vec largest = rows[0];
+    unrolled<LANES - 1>([&](auto r) { largest = larger_of(largest, rows[r + 1]); });
+    if (plain) largest = mul(largest, broadcast(rule_.factor()));
+    const Vec before = load(state.exponents), now = larger_of(before, largest);
+    store(state.exponents, now);
+    const Vec shift = larger_of(now, broadcast(LOWEST));
+    store(work.shifts, shift);
+    store(work.factors, power_of_two(sub(before, shift)));
+  }
+
+  void exponentiate_row(const Chunk& chunk, int64_t query, int64_t r, Span keys, int64_t width,
+                        StripState& state, bool plain) const {
+    Work& work = chunk.work;
+    float* const scores = work.scores + r * KEY_PITCH;
+    const Vec factor = broadcast(plain ? rule_.factor() : 1.0f);
+    const Vec shift = sub(zero(), broadcast(work.shifts[r]));
+    if (dropout_.drops()) dropout_.keep(chunk.batch * shape_.heads + chunk.head, query, keys, work.kept);
+    const bool drops = dropout_.drops();
+    Vec total = mul(load(state.sums + r * LANES), broadcast(work.factors[r]));
+    for (int64_t k = 0; k < width; k += LANES) {
+      Vec p = power_of_two(fma(load(scores + k), factor, shift));
+      total = add(total, p);
+      if (drops) p = where(work.kept + k, p, zero());
+      store_probability(scores, k, p);
+    }
+    store(state.sums + r * LANES, total);
+  }
+
+  // In place: a bfloat16 is written behind what is still to be read.
+  static ALWAYS_INLINE void store_probability(float* row, int64_t k, Vec p) {
+    if constexpr (S::ELEMENTS == 2)
+      store(reinterpret_cast<bfloat16*>(row) + k, p);
+    else
+      store(row + k, p);
+  }
+
+  void finish(const Chunk& chunk, Span rows, const StripState& state, float* sums) const {
+    for (int64_t r = 0; r < rows.size(); ++r) {
+      float exponent = state.exponents[r], total = sum(load(state.sums + r * LANES)), factor = 1;
+      if (args_.scores.sinks) {
+        const float sink = args_.scores.sinks[chunk.head] * LOG2_E;
+        const float larger = std::max(exponent, sink);
+        if (larger > MINUS_INFINITY) {
+          factor = std::exp2(exponent - larger);
+          total = total * factor + std::exp2(sink - larger);
+          exponent = larger;
+        }
+      }
+      const float lse = total == 0 ? MINUS_INFINITY : (exponent + std::log2(total)) * LN_2;
+      args_.lse[(chunk.batch * shape_.heads + chunk.head) * shape_.queries + rows.begin + r] = lse;
+      T* const out = args_.out.at(chunk.batch, chunk.head) + (rows.begin + r) * args_.out.row_stride;
+      const bool none = total == 0 || state.fresh;
+      if (none)
+        std::fill(out, out + shape_.value_dim, T{});
+      else
+        write_row(out, sums + r * value_pitch(), shape_.value_dim,
+                  broadcast(factor / total * dropout_.rescale()));
+    }
+  }
+
+  // Stands in for minus infinity where a row has seen nothing, so that no difference is NaN.
+  static constexpr float LOWEST = -1e30f;
+
+  const AttentionForward<T>& args_;
+  const AttentionShape shape_;
+  const ScoreRule<T> rule_;
+  const Dropout dropout_;
+  const int64_t units_, chunks_, key_floats_, value_floats_, value_panels_, query_steps_;
+  const bool clears_;
+  const Tasks tasks_;
+  bool whole_units_;
+};
+
+}  // namespace
+
+template <class T>
+void attention_forward(const AttentionForward<T>& args, const GiveScratch& scratch, int64_t threads,
+                       const ParallelFor& parallel) {
+  if (args.shape.batch * args.shape.heads * args.shape.queries == 0) return;
+  Forward<T>(args, threads).run(scratch, parallel);
+}
+
+template void attention_forward(const AttentionForward<float>&, const GiveScratch&, int64_t,
+                                const ParallelFor&);
+template void attention_forward(const AttentionForward<bfloat16>&, const GiveScratch&, int64_t,
+                                const ParallelFor&);
+template void attention_forward(const AttentionForward<float16>&, const GiveScratch&, int64_t,
+                                const ParallelFor&);
+
+}  // namespace pyarch

@@ -1,0 +1,110 @@
+// From scores to probabilities: the steps that forward, backward and weights share, a row of a strip at a time.
+//
+//   x = softcap * tanh(scale * s / softcap) + bias,   p = 2^(x / ln 2 - shift)
+#pragma once
+
+#include "attention.h"
+#include "attention_sight.h"
+#include "philox.h"
+#include "power_of_two.h"
+
+namespace pyarch {
+
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+
+// The lanes that a byte each says yes to.
+#if defined(__AVX512F__)
+ALWAYS_INLINE Vec where(const uint8_t* bytes, Vec yes, Vec no) {
+  const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+  return _mm512_mask_blend_ps(_mm_test_epi8_mask(loaded, loaded), no, yes);
+}
+ALWAYS_INLINE Vec larger_of(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+#else
+ALWAYS_INLINE Vec where(const uint8_t* bytes, Vec yes, Vec no) {
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  return _mm256_blendv_ps(yes, no, _mm256_castsi256_ps(_mm256_cmpeq_epi32(lanes, _mm256_setzero_si256())));
+}
+ALWAYS_INLINE Vec larger_of(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+#endif
+
+// LANES values of a row that may be broadcast or strided, widened; those from `count` on are zero.
+template <class T>
+ALWAYS_INLINE Vec load_strided(const T* row, int64_t stride, int64_t count) {
+  if (count <= 0) return zero();
+  if (stride == 1) return count >= LANES ? load(row) : load(row, first_lanes(count));
+  if (stride == 0) return broadcast(to_float(*row));
+  float values[LANES] = {};
+  for (int64_t lane = 0; lane < std::min<int64_t>(LANES, count); ++lane)
+    values[lane] = to_float(row[lane * stride]);
+  return load(values);
+}
+
+// One call's arithmetic on scores.
+template <class T>
+struct ScoreRule {
+  const AttentionScores<T>& scores;
+
+  // Whether a positive factor is all that stands between a product and its exponent.
+  bool is_plain() const {
+    return scores.softcap == 0 && scores.scale > 0 && !scores.bias.data && !scores.float_bias.data;
+  }
+  float factor() const { return scores.scale * LOG2_E; }
+
+  struct Biases {
+    const T* own = nullptr;
+    const float* single = nullptr;
+    int64_t own_stride = 0, single_stride = 0;
+
+    ALWAYS_INLINE Vec at(int64_t column, int64_t count) const {
+      if (own) return load_strided(own + column * own_stride, own_stride, count - column);
+      if (single) return load_strided(single + column * single_stride, single_stride, count - column);
+      return zero();
+    }
+  };
+  Biases biases(int64_t b, int64_t h, int64_t query, int64_t key) const {
+    Biases row;
+    if (scores.bias.data) {
+      row.own = scores.bias.at(b, h, query) + key * scores.bias.key_stride;
+      row.own_stride = scores.bias.key_stride;
+    } else if (scores.float_bias.data) {
+      row.single = scores.float_bias.at(b, h, query) + key * scores.float_bias.key_stride;
+      row.single_stride = scores.float_bias.key_stride;
+    }
+    return row;
+  }
+
+  // The tanh of a soft cap; and the exponent of a score, for 2.
+  ALWAYS_INLINE Vec capped(Vec product) const {
+    return hyperbolic_tangent(mul(product, broadcast(scores.scale / scores.softcap)));
+  }
+  ALWAYS_INLINE Vec exponent(Vec product, Vec tanh_of_it, Vec bias) const {
+    const Vec x = scores.softcap != 0 ? mul(tanh_of_it, broadcast(scores.softcap))
+                                      : mul(product, broadcast(scores.scale));
+    return mul(add(x, bias), broadcast(LOG2_E));
+  }
+};
+
+// The keep-mask of dropout: word j % 4 of Philox at counter (j / 4, i, b * H + h).
+class Dropout {
+ public:
+  static constexpr int64_t BYTES = KEY_BLOCK + 4 * PHILOX_BATCH;  // of a row's mask
+
+  Dropout(double p, uint64_t seed) : p_(p), key_(PhiloxKey::of(seed)) {
+    threshold_ = uint32_t(std::min(__builtin_nearbyint(p * 4294967296.0), 4294967295.0));
+  }
+  bool drops() const { return p_ > 0; }
+  float rescale() const { return p_ < 1 ? float(1 / (1 - p_)) : 0.0f; }
+
+  // Writes 1 for kept keys of a row and 0 for others; keys.begin is a multiple of 4.
+  void keep(int64_t head_of_all, int64_t query, Span keys, uint8_t* kept) const {
+    philox_at_least(threshold_, key_, uint32_t(keys.begin / 4), uint32_t(query), uint32_t(head_of_all),
+                    keys.size(), kept);
+  }
+
+ private:
+  double p_;
+  PhiloxKey key_;
+  uint32_t threshold_;
+};
+
+}  // namespace pyarch

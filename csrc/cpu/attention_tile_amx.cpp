@@ -1,0 +1,98 @@
+// The micro-kernels in tile registers; see attention_tile.h.
+#if defined(__AMX_BF16__)
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "attention_tile.h"
+
+namespace pyarch {
+namespace {
+
+constexpr int64_t TILE_STEPS = 16, TILE_BYTES_A_ROW = 64;
+constexpr int64_t PANEL_BYTES = PANEL * sizeof(float);
+
+// The compiler does not know that tile instructions read and write memory.
+inline void memory_is_touched() { asm volatile("" ::: "memory"); }
+
+// Registers 0 and 1 sum left * right for a panel's two halves.
+ALWAYS_INLINE void multiply_panel(const float* left, int64_t left_bytes, const float* right,
+                                  int64_t right_bytes, int64_t steps) {
+  for (int64_t step = 0; step < steps; step += TILE_STEPS) {
+    const float* const rows = right + step * right_bytes / int64_t(sizeof(float));
+    _tile_loadd(2, left + step, left_bytes);
+    _tile_loadd(3, rows, right_bytes);
+    _tile_dpbf16ps(0, 2, 3);
+    _tile_loadd(4, rows + LANES, right_bytes);
+    _tile_dpbf16ps(1, 2, 4);
+  }
+}
+
+__attribute__((noinline)) void multiply_into(const float* left, int64_t left_bytes, const float* right,
+                                             int64_t right_bytes, int64_t steps, float* sums, int64_t pitch,
+                                             bool fresh) {
+  const int64_t sums_bytes = pitch * int64_t(sizeof(float));
+  memory_is_touched();
+  if (fresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+  } else {
+    _tile_loadd(0, sums, sums_bytes);
+    _tile_loadd(1, sums + LANES, sums_bytes);
+  }
+  multiply_panel(left, left_bytes, right, right_bytes, steps);
+  _tile_stored(0, sums, sums_bytes);
+  _tile_stored(1, sums + LANES, sums_bytes);
+  memory_is_touched();
+}
+
+}  // namespace
+
+template <>
+void multiply_scores<bfloat16>(int64_t, const ScoreTile& tile) {
+  multiply_into(tile.queries, tile.steps * int64_t(sizeof(float)), tile.keys, PANEL_BYTES, tile.steps,
+                tile.scores, KEY_PITCH, true);
+}
+
+template <>
+void multiply_sums<bfloat16>(int64_t rows, int64_t, const SumTile& tile) {
+  if (tile.factors && !tile.fresh)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < PANEL; c += LANES) {
+        float* const kept = tile.sums + r * tile.pitch + c;
+        store(kept, mul(load(kept), broadcast(tile.factors[r])));
+      }
+  multiply_into(tile.left, KEY_PITCH * sizeof(float), tile.right, PANEL_BYTES, tile.steps, tile.sums,
+                tile.pitch, tile.fresh);
+}
+
+void multiply_sums_upright(const UprightTile& tile) {
+  multiply_into(tile.left, tile.left_pitch * int64_t(sizeof(float)), tile.right, KEY_PITCH * sizeof(float),
+                tile.steps, tile.sums, tile.pitch, false);
+}
+
+bool permit_tile_registers() {
+  constexpr long REQUEST_PERMISSION = 0x1023,
+                 TILE_DATA = 18;  // of Linux's asm/prctl.h and of the XCR0 register
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+TileRegisters::TileRegisters() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_a_row[16] = {};
+    uint8_t rows[16] = {};
+  } settings;
+  for (int tile = 0; tile < 8; ++tile) {
+    settings.bytes_a_row[tile] = TILE_BYTES_A_ROW;
+    settings.rows[tile] = TILE_STEPS;
+  }
+  memory_is_touched();
+  _tile_loadconfig(&settings);
+}
+
+TileRegisters::~TileRegisters() { _tile_release(); }
+
+}  // namespace pyarch
+
+#endif

@@ -1,0 +1,144 @@
+// The probabilities of attention, made again from queries, keys and lse; see attention.h.
+//
+// A strip of queries and a block of keys take every head in turn, so that a mean over heads needs memory for one block.
+#include <cstring>
+
+#include "attention_operands.h"
+#include "attention_probabilities.h"
+#include "attention_tasks.h"
+
+namespace pyarch {
+namespace {
+
+template <class T>
+class Weights {
+ public:
+  Weights(const AttentionWeights<T>& args, int64_t threads)
+      : args_(args),
+        shape_(args.shape),
+        rule_{args.scores},
+        dropout_(args.scores.dropout, args.scores.seed),
+        key_floats_(row_panels_floats<T>(shape_.keys, shape_.head_dim)),
+        strip_floats_(strip_floats<T>(shape_.head_dim)),
+        tasks_(attention_work(shape_), threads) {}
+
+  void run(const GiveScratch& give, const ParallelFor& parallel) const {
+    const int64_t units = shape_.batch * shape_.kv_heads;
+    const int64_t work_floats = int64_t(sizeof(Work) / sizeof(float)) + shape_.heads * strip_floats_;
+    float* const keys = static_cast<float*>(
+        give((units * key_floats_ + tasks_.threads() * work_floats) * int64_t(sizeof(float))));
+    float* const works = keys + units * key_floats_;
+    tasks_.template each<T>(units, parallel, [&](int64_t unit, int64_t) {
+      pack_row_panels(Rows<T>::of(args_.key, unit / shape_.kv_heads, unit % shape_.kv_heads, shape_.head_dim),
+                      shape_.keys, keys + unit * key_floats_);
+    });
+    const int64_t strips = ceil_div(shape_.queries, STRIP<T>);
+    tasks_.template each<T>(shape_.batch * strips, parallel, [&](int64_t task, int64_t thread) {
+      const int64_t b = task / strips, first = task % strips * STRIP<T>;
+      Work& work = *reinterpret_cast<Work*>(works + thread * work_floats);
+      run_strip(b, {first, std::min(first + STRIP<T>, shape_.queries)},
+                keys + b * shape_.kv_heads * key_floats_, work, reinterpret_cast<float*>(&work + 1));
+    });
+  }
+
+ private:
+  struct alignas(64) Work {
+    float scores[STRIP<T> * KEY_PITCH], weights[STRIP<T> * KEY_PITCH];
+    uint8_t visible[KEY_BLOCK], kept[Dropout::BYTES];
+  };
+
+  void run_strip(int64_t b, Span rows, const float* keys, Work& work, float* queries) const {
+    const Sight sight(shape_, args_.pattern, b);
+    for (int64_t h = 0; h < shape_.heads; ++h)
+      pack_strip(Rows<T>::of(args_.query, b, h, shape_.head_dim).from(rows.begin), rows.size(),
+                 queries + h * strip_floats_);
+    const int64_t at_once = args_.mean ? shape_.heads : 1;
+    for (int64_t first = 0; first < shape_.heads; first += at_once)
+      for (int64_t begin = 0; begin < shape_.keys; begin += KEY_BLOCK) {
+        const Span block{begin, std::min(begin + KEY_BLOCK, shape_.keys)};
+        std::memset(work.weights, 0, sizeof(work.weights));
+        sight.each_block(rows, block, [&](Span seen) {
+          for (int64_t h = first; h < first + at_once; ++h)
+            add_head(sight, b, h, rows, seen, seen.begin - begin, keys + h / shape_.group() * key_floats_,
+                     queries + h * strip_floats_, work);
+        });
+        write(b, first, rows, block, work.weights);
+      }
+  }
+
+  // Adds one head's probabilities.
+  void add_head(const Sight& sight, int64_t b, int64_t h, Span rows, Span keys, int64_t offset,
+                const float* panels, const float* queries, Work& work) const {
+    const int64_t width = ceil_div(keys.size(), PANEL) * PANEL, steps = steps_of<T>(shape_.head_dim);
+    const int64_t panel_floats = row_panel_floats<T>(shape_.head_dim);
+    const bool all = sight.sees_all(rows, keys), plain = rule_.is_plain();
+    for (int64_t k = 0; k < width; k += PANEL)
+      multiply_scores<T>(rows.size(), {queries, panels + (keys.begin + k) / PANEL * panel_floats, steps,
+                                       work.scores + k, nullptr});
+    const Vec share = broadcast(dropout_.rescale() / float(args_.mean ? shape_.heads : 1));
+    for (int64_t r = 0; r < rows.size(); ++r) {
+      const int64_t query = rows.begin + r;
+      const float lse = args_.lse[(b * shape_.heads + h) * shape_.queries + query];
+      if (lse == MINUS_INFINITY || (!all && !sight.look(h, query, keys, work.visible))) continue;
+      if (dropout_.drops()) dropout_.keep(b * shape_.heads + h, query, keys, work.kept);
+      const auto biases = rule_.biases(b, h, query, keys.begin);
+      const Vec shift = broadcast(-lse * LOG2_E), factor = broadcast(rule_.factor());
+      float* const sums = work.weights + r * KEY_PITCH + offset;
+      for (int64_t k = 0; k < width; k += LANES) {
+        const Vec product = load(work.scores + r * KEY_PITCH + k);
+        Vec x;
+        if (plain) {
+          x = fma(product, factor, shift);
+        } else {
+          const Vec tanh_of_it = args_.scores.softcap != 0 ? rule_.capped(product) : product;
+          x = add(rule_.exponent(product, tanh_of_it, biases.at(k, keys.size())), shift);
+        }
+        Vec p = mul(power_of_two(x), share);
+        if (!all) p = where(work.visible + k, p, zero());
+        if (dropout_.drops()) p = where(work.kept + k, p, zero());
+        store(sums + k, add(load(sums + k), p));
+      }
+    }
+  }
+
+  void write(int64_t b, int64_t h, Span rows, Span keys, const float* weights) const {
+    const int64_t heads = args_.mean ? 1 : shape_.heads;
+    for (int64_t r = 0; r < rows.size(); ++r) {
+      T* const row =
+          args_.weights + ((b * heads + h) * shape_.queries + rows.begin + r) * shape_.keys + keys.begin;
+      for (int64_t k = 0; k < keys.size(); k += LANES) {
+        const Vec value = load(weights + r * KEY_PITCH + k);
+        if (keys.size() - k >= LANES)
+          store(row + k, value);
+        else
+          store(row + k, value, first_lanes(keys.size() - k));
+      }
+    }
+  }
+
+  const AttentionWeights<T>& args_;
+  const AttentionShape shape_;
+  const ScoreRule<T> rule_;
+  const Dropout dropout_;
+  const int64_t key_floats_, strip_floats_;
+  const Tasks tasks_;
+};
+
+}  // namespace
+
+template <class T>
+void attention_weights(const AttentionWeights<T>& args, const GiveScratch& scratch, int64_t threads,
+                       const ParallelFor& parallel) {
+  const AttentionShape& shape = args.shape;
+  if (shape.batch * shape.heads * shape.queries * shape.keys == 0) return;
+  Weights<T>(args, threads).run(scratch, parallel);
+}
+
+template void attention_weights(const AttentionWeights<float>&, const GiveScratch&, int64_t,
+                                const ParallelFor&);
+template void attention_weights(const AttentionWeights<bfloat16>&, const GiveScratch&, int64_t,
+                                const ParallelFor&);
+template void attention_weights(const AttentionWeights<float16>&, const GiveScratch&, int64_t,
+                                const ParallelFor&);
+
+}  // namespace pyarch
