@@ -29,6 +29,7 @@ audit: $(VENV)/built  ## compile every Triton kernel for every target and check 
 bench: $(VENV)/built  ## measure every operator beside the stock one
 	$(IN_VENV) -m benchmarks conv
 	$(IN_VENV) -m benchmarks recurrent
+	$(IN_VENV) -m benchmarks attention
 
 lint: $(VENV)/installed  ## formatting and static checks
 	$(IN_VENV) -m ruff check .
@@ -49,7 +50,7 @@ gpu:  ## acceptance on a GPU: make gpu PYTHON=python3 COMMIT=<sha> [RESULTS=<fol
 	    || { echo "make gpu: $(PYTHON) has no torch that sees a GPU, name another with PYTHON=<interpreter>"; exit 1; }
 	$(PYTHON) -m pip install -e . --no-build-isolation --no-deps
 	$(PYTHON) -m pytest -m gpu -n auto
-	failed=0; for suite in conv recurrent; do $(PYTHON) -m benchmarks $$suite --quick --device cuda --commit $(COMMIT) \
+	failed=0; for suite in conv recurrent attention; do $(PYTHON) -m benchmarks $$suite --quick --device cuda --commit $(COMMIT) \
 	    --json "$(or $(RESULTS),$(RESULTS_OF_DEVICE))/$$(date +%F)-$(COMMIT)-$$suite.json" || failed=1; done; exit $$failed
 
 clean:  ## remove what was built, keep .venv

@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks conv|recurrent|import|readme|device|audit`."""
+"""Command line of the benchmarks: `python -m benchmarks SUITE|import|readme|device|audit`."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 # The runtime tells AMD's compiler which tensors are smaller than this, for its buffer instructions.
 SMALL_TENSOR_BYTES = 2**31
@@ -36,7 +37,7 @@ def source_of(launch: Launch, amd: bool = False) -> tuple[dict, dict, dict]:
     """(signature, constants, attributes) as the runtime derives them from a call's arguments.
 
     Integers equal to 1 and absent tensors are constants; integers divisible by 16 and aligned pointers are
-    marked so.
+    marked so, unless the kernel's parameter is not to be specialized.
     """
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(launch.kernel.arg_names):
@@ -45,11 +46,14 @@ def source_of(launch: Launch, amd: bool = False) -> tuple[dict, dict, dict]:
             continue
         value = launch.arguments[name]
         marks = []
-        if value is None or (isinstance(value, int) and value == 1):
+        special = not launch.kernel.params[position].do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and special):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            marks += [["tt.divisibility", 16]] if value % 16 == 0 else []
+            marks += [["tt.divisibility", 16]] if value % 16 == 0 and special else []
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = TYPES[value.dtype]
             marks += [["tt.divisibility", 16]] if value.data_ptr() % 16 == 0 else []

@@ -110,7 +110,7 @@ class Benchmark(ABC):
 
 
 def exact_results(twins: Twins, gradients: bool) -> Results:
-    """The stock module's results on the same values in float64."""
+    """The results of torch's module on the same values in float64."""
     exact = twins.cast(torch.float64)
     return results(exact, exact.stock, gradients)
 
@@ -122,7 +122,7 @@ def errors_and_backends(
 
     Raises WrongResult when ours breaks the rule: wrong is not timed.
     """
-    stock = results(twins, twins.stock, gradients)
+    stock = results(twins, twins.standard, gradients)
     decided: dict[str, list[str]] = {}
 
     def note(op: dispatch.Op, call: dispatch.Call, backend: dispatch.Backend) -> None:

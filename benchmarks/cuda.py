@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from benchmarks.measure import quantile
+from benchmarks.measure import Timer, quantile
 
 FLUSH_BYTES = 256 << 20
 STOCK_KERNELS = ("auto", "cudnn", "native")
@@ -48,15 +48,24 @@ def fastest_stock(function: Callable[[], object], timer: EventTimer) -> tuple[Ca
 
         return call
 
-    medians = {}
-    for kernel in STOCK_KERNELS:
-        try:
-            timer(under(kernel), TRIALS)
-            medians[kernel] = quantile([timer(under(kernel), 1) for _ in range(TRIALS)], 0.5)
-        except RuntimeError as refusal:
-            if isinstance(refusal, torch.cuda.OutOfMemoryError):
-                raise
+    medians = trial_medians(under, STOCK_KERNELS, timer)
     if not medians:
         return function, "auto"
     best = min(medians, key=medians.__getitem__)
     return under(best), best
+
+
+def trial_medians(
+    under: Callable[[str], Callable[[], object]], kernels: Iterable[str], timer: Timer
+) -> dict[str, float]:
+    """Seconds of the call under each kernel by a few trials; kernels that torch refuses are left out."""
+    medians = {}
+    for name in kernels:
+        try:
+            call = under(name)
+            timer(call, TRIALS)
+            medians[name] = quantile([timer(call, 1) for _ in range(TRIALS)], 0.5)
+        except RuntimeError as refusal:
+            if isinstance(refusal, torch.cuda.OutOfMemoryError):
+                raise
+    return medians

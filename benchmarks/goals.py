@@ -31,6 +31,9 @@ METRICS = {
     "us": Metric(lambda row: row["ours"]["median_ms"] * 1e3, "<= {:g} us", False),
     "us_a_step": Metric(lambda row: row["us_a_step"], "<= {:g} us/step", False),
     "of_padded": Metric(lambda row: row["of_padded"]["ours"]["median"], "<= {:g} padded", False),
+    "of_itself": Metric(
+        lambda row: row["opponent_share"] / row["speedup"]["median"], "<= {:g} itself", False
+    ),
     "added_us": Metric(lambda row: row["added_us"]["median"], "<= +{:g} us", False),
 }
 

@@ -49,14 +49,22 @@ class Settings:
 
 
 def selected_cases(settings: Settings) -> list:
-    """The suite's cases of the extent and device whose dtype and name agree with the settings, in order."""
+    """The suite's cases of the extent and device whose dtype, name and passes agree with the settings."""
     suite = settings.suite
     cases = suite.sweep() if settings.extent == "sweep" else suite.tables[settings.device]
     return [
         case
         for case in cases
-        if settings.dtype in (None, case.dtype) and settings.filter.lower() in case.name.lower()
+        if settings.dtype in (None, case.dtype)
+        and settings.filter.lower() in case.name.lower()
+        and passes_of(settings, case)
     ]
+
+
+def passes_of(settings: Settings, case) -> list[str]:
+    """The chosen passes that the case has."""
+    only = getattr(case, "only", ())
+    return [name for name in settings.chosen_passes if not only or name in only]
 
 
 def overhead_case(settings: Settings):

@@ -41,6 +41,6 @@ class Progress:
 def outcome(row: dict) -> str:
     """One row in a few words."""
     if row.get("failure"):
-        return f"FAILED {row['failure']}"
+        return f"{'ABSENT' if row.get('absent') else 'FAILED'} {row['failure']}"
     times = f"{row['stock']['median_ms']:.3f} ms -> {row['ours']['median_ms']:.3f} ms"
     return f"{times}, {row['speedup']['median']:.2f}x"

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, cpu_words
+from benchmarks.goals import METRICS
 from benchmarks.markdown import markdown_table
 from benchmarks.suites import SUITES
 
@@ -90,7 +91,7 @@ def device_tables(document: dict) -> str:
 
 def provenance(environment: dict) -> str:
     gpu = environment["gpu"]
-    device = gpu["name"] if gpu else f"{environment['cpu']['model']} (`{environment['device']}`)"
+    device = gpu["name"] if gpu else f"{cpu_words(environment['cpu'])} (`{environment['device']}`)"
     dirty = " with uncommitted changes" if environment["dirty"] else ""
     return (
         f"{device}, {environment['threads']} threads, torch {environment['torch']}, "
@@ -121,24 +122,28 @@ def speed_table(rows: list[dict]) -> str:
     measured = {(row["case"], row["pass"], row["allocator"]): row for row in rows}
     columns = list(dict.fromkeys((row["pass"], row["allocator"]) for row in rows if not row.get("failure")))
     columns.sort(key=lambda column: (list(PASS_TITLES).index(column[0]), column[1] != "steady"))
-    failed = {row["case"] for row in rows if row.get("failure")}
+    failed = {row["case"]: "absent" if row.get("absent") else "failed" for row in rows if row.get("failure")}
     titles = [f"{PASS_TITLES[name]}, {allocator} allocator" for name, allocator in columns]
     body = [
-        [case, *(speed_cell(measured.get((case, *column)), case in failed) for column in columns)]
+        [case, *(speed_cell(measured.get((case, *column)), failed.get(case, "-")) for column in columns)]
         for case in dict.fromkeys(row["case"] for row in rows)
     ]
     return markdown_table(["case", *titles], body)
 
 
-def speed_cell(row: dict | None, failed: bool) -> str:
+def speed_cell(row: dict | None, otherwise: str) -> str:
     if row is None:
-        return "failed" if failed else "-"
+        return otherwise
     stock, ours = (f"{row[side]['median_ms']:.3g}" for side in ("stock", "ours"))
     words = [f"{stock} -> {ours}", f"**{row['speedup']['median']:.2f}x**"]
     if "matmul_share" in row:
         words.append(f"{row['matmul_share']:.0%}")
     if "of_padded" in row:
         words.append(f"{row['of_padded']['ours']['median']:.2f} of its time on a padded batch")
+    if "opponent_share" in row:
+        words.append(f"{METRICS['of_itself'].figure(row):.2f} of its time for as much work")
+    if "peak_mib" in row:
+        words.append(" -> ".join(f"{row['peak_mib'][side]:.3g}" for side in ("stock", "ours")) + " MiB")
     return ", ".join(words)
 
 

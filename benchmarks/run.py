@@ -56,8 +56,13 @@ def run(
     if document["environment"]:
         print_results(document)
         write_files(document, json_path, save)
-    failed = not document["environment"] or any(row.get("failure") for row in document["rows"])
+    failed = not document["environment"] or any(is_failure(row) for row in document["rows"])
     return INTERRUPTED if interrupted else int(failed)
+
+
+def is_failure(row: dict) -> bool:
+    """Whether a case went wrong; one that lacks what it is to be timed against did not."""
+    return bool(row.get("failure")) and not row.get("absent")
 
 
 def write_files(document: dict, json_path: str | None, save: bool) -> None:

@@ -7,16 +7,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import conv_cases, recurrent_cases
+from benchmarks import attention_cases, conv_cases, recurrent_cases
+
+
+class Absent(Exception):
+    """What a case is to be timed against does not run on this machine: nothing measured, nothing failed."""
 
 
 @dataclass(frozen=True)
 class Suite:
     """One operator family.
 
-    A case has `name`, `dtype` and `goals` (pass name -> Goal); the rest is between the cases and `benchmark`,
-    the "module:class" of a benchmarks.benchmark.Benchmark, imported in the measuring process alone. `tables`
-    and `passes` are by device; `overhead`, where there is one, is a call so small that only Python is left.
+    A case has `name`, `dtype` and `goals` (pass name -> Goal), and `only` where it has not every pass; the
+    rest is between the cases and `benchmark`, the "module:class" of a benchmarks.benchmark.Benchmark, which
+    the measuring process alone imports. `tables` and `passes` are by device; `overhead`, where there is one,
+    is a call so small that only Python is left.
     """
 
     name: str
@@ -41,6 +46,15 @@ class Suite:
 SUITES = {
     suite.name: suite
     for suite in (
+        Suite(
+            "attention",
+            "attention, stock operators and modules and ours in turn",
+            "benchmarks.attention:AttentionBenchmark",
+            attention_cases.TABLES,
+            attention_cases.PASSES,
+            attention_cases.sweep_cases,
+            attention_cases.OVERHEAD_CASE,
+        ),
         Suite(
             "conv",
             "depthwise convolution, stock and swapped modules in turn",

@@ -10,7 +10,8 @@ import torch
 from benchmarks.markdown import markdown_table
 from pyarch import hardware, native
 from pyarch.dispatch import BACKENDS, Call, Op, Verdict
-from pyarch.ops import conv, recurrent
+from pyarch.ops import attention, conv, recurrent
+from pyarch.ops.attention_call import AttentionCall
 
 # Each backend is asked about the device it is made for; the matrix must not depend on this machine's.
 DEVICES = {
@@ -124,6 +125,40 @@ def recurrent_call(
     )
 
 
+# Features of attention as changes of one plain call.
+ATTENTION_FEATURES: dict[str, dict] = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float64": {"dtype": torch.float64},
+    "causal": {"is_causal": True},
+    "window": {"left": 256, "right": 0},
+    "dilated window": {"left": 64, "right": 64, "dilation": 2},
+    "global tokens": {"left": 64, "right": 64, "global_tokens": 8},
+    "global tokens by mask": {"left": 64, "right": 64, "global_mask": True},
+    "one query of a long sequence": {"queries": 1, "query_offset": 1023},
+    "bool mask": {"mask": True},
+    "additive bias": {"bias": True},
+    "learned bias": {"bias": True, "bias_grad": True},
+    "key padding": {"padding": True},
+    "dropout": {"dropout": True},
+    "softcap": {"softcap": True},
+    "attention sinks": {"sinks": True},
+    "grouped queries": {"kv_heads": 2},
+    "value size 128": {"value_dim": 128},
+    "head size 59": {"head_dim": 59, "value_dim": 59},
+    "head size 512": {"head_dim": 512, "value_dim": 512},
+    "inference": {"save": False},
+}
+
+
+def attention_call(device: str, architecture: str, **changes) -> AttentionCall:
+    """The metadata of a call with batch 2, 8 heads of size 64, 1024 queries and keys, but for the changes."""
+    plain = {"dtype": torch.float32, "batch": 2, "heads": 8, "kv_heads": 8, "queries": 1024, "keys": 1024}
+    sizes = {"head_dim": 64, "value_dim": 64, "save": True}
+    return AttentionCall(device=device, architecture=architecture, **plain | sizes | changes)
+
+
 # Operator -> its passes, the features asked about, what builds a call from a device and a feature's changes.
 OPERATORS: dict[str, tuple[dict[str, Op], dict[str, dict], Callable[..., Call]]] = {
     "depthwise_conv": (
@@ -135,6 +170,11 @@ OPERATORS: dict[str, tuple[dict[str, Op], dict[str, dict], Callable[..., Call]]]
         {"forward": recurrent.FORWARD, "backward": recurrent.BACKWARD},
         RECURRENT_FEATURES,
         recurrent_call,
+    ),
+    "attention": (
+        {"forward": attention.FORWARD, "backward": attention.BACKWARD, "weights": attention.WEIGHTS},
+        ATTENTION_FEATURES,
+        attention_call,
     ),
 }
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from benchmarks.goals import goal_text
+from benchmarks.environment import cpu_words
+from benchmarks.goals import METRICS, goal_text
 
 WIDTH_ELSEWHERE = 240
 LOSS_BELOW = 0.95
@@ -36,7 +37,9 @@ def print_results(document: dict) -> None:
         console.print(as_table(document, shown, console))
     for row in failures:
         console.print(
-            f"FAILED {row['case']} [{row['allocator']}, {row['isa']}]: {row['failure']}", markup=False
+            f"{'ABSENT' if row.get('absent') else 'FAILED'} {row['case']} "
+            f"[{row['allocator']}, {row['isa']}]: {row['failure']}",
+            markup=False,
         )
     for line in variant_lines(document["environment"]):
         console.print(line, markup=False)
@@ -66,7 +69,7 @@ def table_of(columns: dict[str, list[str]], caption: str) -> Table:
 def heading(document: dict) -> str:
     environment = document["environment"]
     gpu = environment["gpu"]
-    device = gpu["name"] if gpu else f"{environment['cpu']['model']} ({environment['device']})"
+    device = gpu["name"] if gpu else f"{cpu_words(environment['cpu'])} ({environment['device']})"
     dirty = " with changes" if environment["dirty"] else ""
     compiled = " (stock compiled)" if document.get("versus") == "compile" else ""
     return (
@@ -123,6 +126,18 @@ def of_padded_cell(row: dict) -> str:
     return " / ".join(f"{row['of_padded'][side]['median']:.2f}" for side in ("ours", "stock"))
 
 
+def of_itself_cell(row: dict) -> str:
+    """Time over that of our own call for as much work, where that was the opponent."""
+    return f"{METRICS['of_itself'].figure(row):.2f}" if "opponent_share" in row else "-"
+
+
+def peak_cell(row: dict) -> str:
+    """The most MiB that a call of either side allocates."""
+    if "peak_mib" not in row:
+        return "-"
+    return " / ".join(f"{row['peak_mib'][side]:.3g}" for side in ("ours", "stock"))
+
+
 def error_cell(errors: dict) -> str:
     """The error of ours beside stock's, where ours compares worst; or the one that stock has wrong."""
     wrong = [f"{each['ours']:.1e} / wrong" for each in errors.values() if each["stock"] is None]
@@ -147,6 +162,8 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "GFLOP/s": figure_cell("gflop_per_s", "{:.3g}"),
     "of mm": figure_cell("matmul_share", "{:.0%}"),
     "of padded": of_padded_cell,
+    "of itself": of_itself_cell,
+    "peak MiB ours / stock": peak_cell,
     "error ours / stock": lambda row: error_cell(row.get("error", {})),
     "backend": lambda row: ", ".join(row.get("backend", {}).values()) or "-",
 }
@@ -157,7 +174,8 @@ NARROW_COLUMNS = ("case", "pass", "speedup [95 %]", "met")
 def is_loss(row: dict) -> bool:
     """Slower than stock by more than 5 % and by more than 15 us a call."""
     lost_us = (row["ours"]["median_ms"] - row["stock"]["median_ms"]) * 1e3
-    return "added_us" not in row and row["speedup"]["median"] < LOSS_BELOW and lost_us > LOSS_OVER_US
+    beside_stock = "added_us" not in row and "opponent_share" not in row
+    return beside_stock and row["speedup"]["median"] < LOSS_BELOW and lost_us > LOSS_OVER_US
 
 
 def worst_first(row: dict) -> tuple[bool, float]:
@@ -179,5 +197,7 @@ def sum_up(measured: list[dict], failures: list[dict], sweep: bool) -> str:
     words = [f"{len(measured)} rows, {losses} losses ({rule})"]
     words += [f"goals met {sum(goals)} of {len(goals)}"] * bool(goals)
     words += [f"{min(SWEEP_ROWS_SHOWN, len(measured))} worst shown"] * sweep
-    words += [f"{len(failures)} failed"] * bool(failures)
+    absent = sum(bool(row.get("absent")) for row in failures)
+    words += [f"{len(failures) - absent} failed"] * (len(failures) > absent)
+    words += [f"{absent} without an opponent here"] * (absent > 0)
     return "; ".join(words)

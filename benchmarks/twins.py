@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ class Twins:
     """Two modules of equal parameters, and one call that both can answer.
 
     `forward(module, inputs)` gives the tensors that `outputs` names. Gradients are those of the first output
-    under `cotangent`, to the first input and to every parameter.
+    under `cotangent`, to the inputs that `learned` names, which come first, and to every parameter. `truth`
+    gives the exact results where `stock` is not the module to ask; where it `differs`, computing something
+    else than ours, only its time counts, and `truth` stands for it elsewhere.
     """
 
     stock: nn.Module
@@ -28,18 +30,36 @@ class Twins:
     cotangent: Tensor
     outputs: tuple[str, ...]
     forward: Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
+    learned: tuple[str, ...] = ("input",)
+    truth: nn.Module | None = None
+    differs: bool = False
+
+    @property
+    def standard(self) -> nn.Module:
+        """The module whose error in the same dtype ours is compared with."""
+        return self.truth if self.differs else self.stock
 
     def leaves(self, module: nn.Module) -> dict[str, Tensor]:
         """What gradients are taken to, under the gradients' names."""
         parameters = {f"grad_{name}": parameter for name, parameter in module.named_parameters()}
-        return {"grad_input": self.inputs[0]} | parameters
+        inputs = zip(self.learned, self.inputs, strict=False)
+        return {f"grad_{name}": each for name, each in inputs} | parameters
 
     def cast(self, dtype: torch.dtype) -> Twins:
-        """The same problem, on the same values, in another dtype, with the stock module on both sides."""
-        stock = copy.deepcopy(self.stock).to(dtype)
-        first, *others = (each.detach().to(dtype) for each in self.inputs)
-        inputs = (first.requires_grad_(), *others)
-        return Twins(stock, stock, inputs, self.cotangent.to(dtype), self.outputs, self.forward)
+        """The same problem, on the same values, in another dtype, with the right module on both sides."""
+        truth = copy.deepcopy(self.truth or self.stock).to(dtype)
+        inputs = tuple(each.detach().to(dtype) for each in self.inputs)
+        for learned in inputs[: len(self.learned)]:
+            learned.requires_grad_()
+        return replace(
+            self,
+            stock=truth,
+            ours=truth,
+            inputs=inputs,
+            cotangent=self.cotangent.to(dtype),
+            truth=None,
+            differs=False,
+        )
 
 
 def twin_modules(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks import results
-from benchmarks.plan import Settings, overhead_case, selected_cases
+from benchmarks.plan import Settings, overhead_case, passes_of, selected_cases
 from benchmarks.progress import Progress
+from benchmarks.suites import Absent
 
 INTERRUPTED = 130
 GOALS_ARE_FOR = {"allocator": "steady", "isa": "native"}
@@ -70,15 +71,15 @@ def prepare(settings: Settings, variant: dict, document: dict) -> list[tuple[str
 
         return run
 
-    def case_rows(case, passes):
+    def case_rows(case):
+        passes = passes_of(settings, case)
         rows = benchmark.rows(case, passes)
         return [{"case": case.name, "pass": name} | row for name, row in zip(passes, rows, strict=True)]
 
-    passes = list(settings.chosen_passes)
     cases = selected_cases(settings)
     if settings.device == "cpu" and variant != GOALS_ARE_FOR:
         cases = [replace(case, goals={}) for case in cases]
-    tasks = [(case.name, task(lambda case=case: case_rows(case, passes))) for case in cases]
+    tasks = [(case.name, task(lambda case=case: case_rows(case))) for case in cases]
     if (tiny := overhead_case(settings)) is not None:
         row = {"case": tiny.name, "pass": "overhead"}
         tasks.append((f"overhead {tiny.name}", task(lambda: [row | benchmark.overhead_row(tiny)])))
@@ -93,6 +94,8 @@ def finished_rows(name: str, rows_of_task: Callable[[], list[dict]]) -> list[dic
     """The rows of a task, or one row with its error: a failing case must not end the run."""
     try:
         return rows_of_task()
+    except Absent as absence:
+        return [failure_row(name, str(absence)) | {"absent": True}]
     except Exception as error:
         return [failure_row(name, f"{type(error).__name__}: {error}")]
 

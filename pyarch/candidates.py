@@ -89,6 +89,23 @@ def _nominal_step(module: nn.RNNCellBase) -> tuple[Tensor, ...]:
     return (_element_like(next(module.parameters()), 1, module.input_size),)
 
 
+def _nominal_attention(module: nn.MultiheadAttention) -> tuple[Tensor, ...]:
+    """Query, key and value of one sequence, (L, E) each, of the weights' kind that hold one element."""
+    weight = module.out_proj.weight
+    widths = module.embed_dim, module.kdim, module.vdim
+    return tuple(_element_like(weight, _NOMINAL_SIZE, width) for width in widths)
+
+
+def _nominal_tokens(module: nn.TransformerEncoderLayer) -> tuple[Tensor, ...]:
+    """One sequence (L, E) of the weights' kind that holds one element."""
+    return (_nominal_attention(module.self_attn)[0],)
+
+
+def _nominal_tokens_and_memory(module: nn.TransformerDecoderLayer) -> tuple[Tensor, ...]:
+    """A sequence and its memory, (L, E) each, of the weights' kind that hold one element."""
+    return _nominal_attention(module.multihead_attn)[:2]
+
+
 def _element_like(weight: Tensor, *shape: int) -> Tensor:
     return torch.empty((1,) * len(shape), dtype=weight.dtype, device=weight.device).expand(shape)
 
@@ -107,6 +124,10 @@ _RECURRENT_STEPS = frozenset(
         "_weights_have_changed",
     }
 )
+
+
+# Methods of torch's transformer layers beside forward that hold their computation.
+_TRANSFORMER_STEPS = frozenset({"_ff_block", "_mha_block", "_sa_block"})
 
 
 def _convolution(stock: type[nn.Module], drop_in: type[DropIn]) -> Family:
@@ -131,6 +152,24 @@ FAMILIES = (
     _cell(nn.RNNCell, ours.RNNCell),
     _cell(nn.LSTMCell, ours.LSTMCell),
     _cell(nn.GRUCell, ours.GRUCell),
+    Family(
+        nn.MultiheadAttention,
+        ours.MultiheadAttention,
+        frozenset({"merge_masks"}),
+        nominal=_nominal_attention,
+    ),
+    Family(
+        nn.TransformerEncoderLayer,
+        ours.TransformerEncoderLayer,
+        _TRANSFORMER_STEPS,
+        nominal=_nominal_tokens,
+    ),
+    Family(
+        nn.TransformerDecoderLayer,
+        ours.TransformerDecoderLayer,
+        _TRANSFORMER_STEPS,
+        nominal=_nominal_tokens_and_memory,
+    ),
 )
 
 

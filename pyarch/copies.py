@@ -11,11 +11,11 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from pyarch.nn.config import Config
 from pyarch.nn.drop_in import CONFIG_ATTRIBUTE, DropIn
 from pyarch.swap_report import undo
 
@@ -63,12 +63,25 @@ def swapped_layers(model: nn.Module) -> dict[str, DropIn]:
 def make_stock(model: nn.Module) -> nn.Module:
     """Give every swapped layer of a copy its former class; returns the copy.
 
-    A class that a user derived from a drop-in has no former one: such a layer runs on torch's own operator.
+    A class that a user derived from a drop-in has no former one, nor has a layer with options of its own:
+    such a layer runs on torch's own operator.
     """
     for module in model.modules():
         if not undo(module) and isinstance(module, DropIn):
-            vars(module)[CONFIG_ATTRIBUTE] = Config(backend="torch")
+            vars(module)[CONFIG_ATTRIBUTE] = replace(module.pyarch_config, backend="torch")
     return model
+
+
+def make_stock_layer(layer: DropIn) -> nn.Module:
+    """Make one swapped layer of a copy compute by torch's own operator what it computes; returns the copy.
+
+    A layer with a pattern stays itself, since its former class does not know the pattern: it gives torch's
+    operator the mask.
+    """
+    if not layer.pyarch_config.has_pattern:
+        return make_stock(layer)
+    vars(layer)[CONFIG_ATTRIBUTE] = replace(layer.pyarch_config, backend="torch")
+    return layer
 
 
 def make_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

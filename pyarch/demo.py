@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pyarch import hardware, models
+from pyarch.nn.config import Config
 from pyarch.report import Table, as_json, milliseconds, times, with_progress
 from pyarch.swap import swap
 from pyarch.verify import verify
@@ -30,11 +31,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Shown:
-    """One model of the demo: how many layers were swapped, and the proof."""
+    """One model of the demo: how many layers were swapped, the proof, whether rules stand for its masks."""
 
     model: str
     layers: int
     proof: VerifyReport
+    by_rules: bool = False
 
     @property
     def backends(self) -> str:
@@ -76,7 +78,12 @@ class Demo:
         legend = (
             "step: forward and backward; worst of allowed: largest error in units of its tolerance, at most 1"
         )
-        return Table(machine, COLUMNS, [each.row for each in self.shown], (legend, *problems))
+        masks = [
+            f"{each.model}: at first under explicit masks, swapped without masks and by rules that state them"
+            for each in self.shown
+            if each.by_rules
+        ]
+        return Table(machine, COLUMNS, [each.row for each in self.shown], (legend, *masks, *problems))
 
     def to_json(self) -> str:
         rows = [
@@ -112,11 +119,16 @@ def machine_of(device: torch.device) -> dict[str, str]:
 
 def _show(name: str, device: torch.device, size: str) -> Shown:
     torch.manual_seed(0)
-    model = models.build(name, size).to(device)
+    plain = models.build(name, size).to(device)
+    patterns = models.patterns(name, size)
+    model = plain
+    if patterns:
+        torch.manual_seed(0)
+        model = models.build(name, size, masked=False).to(device)
     inputs = models.load(name).inputs(models.config(name, size), 0)
-    report = swap(model)
-    proof = verify(model, tuple(tensor.to(device) for tensor in inputs))
-    return Shown(name, len(report.swapped), proof)
+    report = swap(model, rules={layers: Config(**stated) for layers, stated in patterns.items()})
+    proof = verify(model, tuple(tensor.to(device) for tensor in inputs), stock=plain if patterns else None)
+    return Shown(name, len(report.swapped), proof, bool(patterns))
 
 
 def _timing_cells(timing: Timing) -> tuple[str, str, str]:

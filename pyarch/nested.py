@@ -35,18 +35,26 @@ def as_arguments(inputs: Tensor | PackedSequence | tuple | list | Mapping) -> Ar
 
 
 def positional(module: nn.Module, arguments: Arguments) -> tuple:
-    """The arguments of a call of `module`, those given by name too, in the order of its forward."""
+    """The arguments of a call of `module`, named ones and defaults too, in the order of its forward."""
     args, kwargs = arguments
-    return inspect.signature(module.forward).bind(*args, **kwargs).args
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
-    """The same arguments with every tensor replaced; of a packed sequence its data."""
+    """The same arguments with every tensor replaced; of a packed sequence its data.
+
+    What is one tensor twice stays one: a layer may see by that that a sequence attends to itself.
+    """
+    known: dict[int, Tensor] = {}
 
     def replaced(value: Tensor | PackedSequence) -> Tensor | PackedSequence:
         if isinstance(value, PackedSequence):
             return PackedSequence(function(value.data), *value[1:])
-        return function(value)
+        if id(value) not in known:
+            known[id(value)] = function(value)
+        return known[id(value)]
 
     return pytree.tree_map_only((Tensor, PackedSequence), replaced, arguments)
 
@@ -54,7 +62,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], arguments: Arguments) -> A
 def floating_tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
     """Every floating tensor inside a value, with the expression that reaches it."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
+        if value.is_nested:
+            yield f"{name}.values()", value.values()
+        elif value.is_floating_point():
             yield name, value
     elif isinstance(value, PackedSequence):
         yield from floating_tensors(value.data, f"{name}.data")

@@ -27,6 +27,7 @@ class Observed:
         cast: device type, dtype and whether autocast was on in that call.
         forward, backward: names of the backends that ran it, in order of appearance.
         gradients_arrived: whether a gradient of its output came.
+        around: the watched layers inside which it last ran; what ran here ran there too.
     """
 
     calls: int = 0
@@ -35,6 +36,7 @@ class Observed:
     forward: list[str] = field(default_factory=list)
     backward: list[str] = field(default_factory=list)
     gradients_arrived: bool = False
+    around: tuple[Observed, ...] = ()
 
     def autocast(self) -> torch.autocast:
         """The autocast under which the first call ran."""
@@ -54,12 +56,11 @@ class Observed:
 def observing(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Observed]]:
     """Watch the layers (of a copy) during the block; the dict fills while they run."""
     observed = {name: Observed() for name in layers}
-    # The layer whose pass this thread is in: autograd runs a backward in threads of its own.
+    # The layers whose pass this thread is in, innermost last: autograd runs a backward in threads of its own.
     current = threading.local()
 
     def record(op: Op, call: Call, backend: Backend) -> None:
-        layer = getattr(current, "layer", None)
-        if layer is not None:
+        for layer in getattr(current, "layers", ()):
             used = layer.backward if current.backward else layer.forward
             if backend.name not in used:
                 used.append(backend.name)
@@ -70,17 +71,19 @@ def observing(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Observed]]:
                 layer.arguments = map_tensors(Tensor.detach, (args, kwargs))
                 layer.cast = _autocast_state(layer.arguments)
             layer.calls += 1
-            current.layer, current.backward = layer, False
+            is_inside = not getattr(current, "backward", True)
+            layer.around = current.layers if is_inside else ()
+            current.layers, current.backward = (*layer.around, layer), False
 
         def leave(module, args, kwargs, output):
-            current.layer = None
+            current.layers = layer.around
             for _, tensor in floating_tensors(output, "output"):
                 if tensor.requires_grad:
                     tensor.register_hook(arrive)
 
         def arrive(gradient):
             layer.gradients_arrived = True
-            current.layer, current.backward = layer, True
+            current.layers, current.backward = (*layer.around, layer), True
 
         return [enter, leave]
 

@@ -66,4 +66,6 @@ def _rebuilt(cls: type, base: type, remembers: type | None) -> type:
 def _derived(cls: type, drop_in: type[DropIn]) -> type[DropIn]:
     """A user's subclass with the drop-in's computation before its own base's."""
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    # The drop-in's constructor has its stock class's arguments, not the user's.
+    named["__init__"] = cls.__init__
     return type(cls.__name__, (drop_in, cls), {**named, REPLACES: cls})

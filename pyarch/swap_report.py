@@ -150,7 +150,7 @@ def undo(module: nn.Module) -> bool:
     Serves deep copies too, for which no report exists.
     """
     original = unswapped_class(type(module))
-    if original is None:
+    if original is None or module.has_own_options:
         return False
     module.__class__ = original
     vars(module).pop(CONFIG_ATTRIBUTE, None)

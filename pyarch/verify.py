@@ -13,6 +13,7 @@ from pyarch.copies import (
     jitter,
     make_dtype,
     make_stock,
+    make_stock_layer,
     same_randomness,
     silence_dropout,
     swapped_layers,
@@ -35,6 +36,7 @@ def verify(
     model: nn.Module,
     inputs: Tensor | tuple | list | Mapping,
     *,
+    stock: nn.Module | None = None,
     backward: bool = True,
     reference_dtype: torch.dtype = torch.float64,
     timing: bool = True,
@@ -49,6 +51,8 @@ def verify(
     Args:
         model: swapped already, or stock (then a copy is swapped).
         inputs: a tensor, a tuple or list of arguments, or a dict of named arguments.
+        stock: what to compare with, where that is not `model` with its swap undone: such as a model of the
+            same parameters that is given masks, while in `model` rules state their pattern.
         backward: also compare the gradients of parameters and floating inputs.
         reference_dtype: of the reference; float32 on a device that has no float64.
         timing: also measure both models, in turns.
@@ -59,19 +63,25 @@ def verify(
         then.
 
     Raises:
-        TypeError: `inputs` is none of these, or `model` is no module.
+        TypeError: `inputs` is none of these, or `model` or `stock` is no module.
     """
     arguments = as_arguments(inputs)
     with same_randomness():
-        return _proof(model, arguments, backward, reference_dtype, timing)
+        return _proof(model, stock, arguments, backward, reference_dtype, timing)
 
 
 def _proof(
-    model: nn.Module, arguments: Arguments, backward: bool, reference_dtype: torch.dtype, timing: bool
+    model: nn.Module,
+    stock: nn.Module | None,
+    arguments: Arguments,
+    backward: bool,
+    reference_dtype: torch.dtype,
+    timing: bool,
 ) -> VerifyReport:
     ours, notes, problems = _prepared(model)
     layers = swapped_layers(ours)
-    stock = make_stock(duplicate(ours))
+    stock = make_stock(duplicate(ours if stock is None else checked_model(stock)))
+    silence_dropout(stock)
     end_to_end, observed = _end_to_end(ours, stock, arguments, backward, reference_dtype)
     results = tuple(
         _layer_result(name, layer, observed[name], backward, reference_dtype)
@@ -143,9 +153,9 @@ def _layer_result(
     if observed.arguments is not None:
         cotangents = Cotangents()
         with observed.autocast():
-            stock = run(make_stock(duplicate(layer)), observed.arguments, cotangents, backward)
+            stock = run(make_stock_layer(duplicate(layer)), observed.arguments, cotangents, backward)
             mine = run(duplicate(layer), observed.arguments, cotangents, backward)
-            exact = make_dtype(make_stock(duplicate(layer)), reference_dtype)
+            exact = make_dtype(make_stock_layer(duplicate(layer)), reference_dtype)
             reference = run(exact, observed.arguments, cotangents, backward, in_dtype(reference_dtype))
         outputs, gradients = compare_layer(mine, stock, reference)
     return LayerResult(

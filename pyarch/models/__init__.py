@@ -9,6 +9,11 @@ Each module of this package holds one architecture and offers the same six names
     batch(config, seed)         (inputs, target) of a synthetic task that it learns in seconds
     loss(output, target)        the scalar to minimise
 
+A module whose masks follow a pattern that plain torch has no word for offers a seventh, and a Config with
+`masked`, which is False for the same model without the masks:
+
+    patterns(config)            layer names (a glob) -> what a `pyarch.Config` of a rule says of their masks
+
 A module whose Config chooses between several architectures of the same sizes appears under several names.
 None of them knows pyarch: the layers are torch.nn's own until `pyarch.swap` re-types them.
 """
@@ -43,6 +48,9 @@ MODELS = {
     "seq2seq": Entry("pyarch.models.seq2seq"),
     "crnn": Entry("pyarch.models.crnn"),
     "cnn_bilstm": Entry("pyarch.models.speech"),
+    "encoder": Entry("pyarch.models.encoder"),
+    "gpt": Entry("pyarch.models.gpt"),
+    "longformer": Entry("pyarch.models.longformer"),
 }
 
 # Size -> the name of the configuration in each module.
@@ -76,10 +84,29 @@ def config(name: str, size: str = "real"):
     return replace(getattr(load(name), SIZES[size]), **MODELS[name].choice)
 
 
-def build(name: str, size: str = "real") -> nn.Module:
+def build(name: str, size: str = "real", *, masked: bool = True) -> nn.Module:
     """Return a freshly initialised model; seed it with torch.manual_seed before.
+
+    Args:
+        name, size: as for `config`.
+        masked: False leaves out the masks of a model that has `patterns`; its parameters are the same.
+
+    Raises:
+        ValueError: the name or the size is not known, or a model without patterns is wanted without masks.
+    """
+    chosen = config(name, size)
+    if not masked:
+        if not patterns(name, size):
+            raise ValueError(f"model={name!r} has no patterns that could stand for its masks")
+        chosen = replace(chosen, masked=False)
+    return load(name).build(chosen)
+
+
+def patterns(name: str, size: str = "real") -> dict[str, dict[str, int]]:
+    """Return what the masks of a model's layers say, by layer names; empty where no pattern stands for them.
 
     Raises:
         ValueError: the name or the size is not known.
     """
-    return load(name).build(config(name, size))
+    stated = getattr(load(name), "patterns", None)
+    return stated(config(name, size)) if stated else {}

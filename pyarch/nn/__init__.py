@@ -1,9 +1,11 @@
 """Drop-in layers: torch.nn's classes of the same names, computed by pyarch's operators."""
 
+from pyarch.nn.attention import MultiheadAttention
 from pyarch.nn.config import Config
 from pyarch.nn.conv import Conv1d, Conv2d, Conv3d
 from pyarch.nn.recurrent import GRU, LSTM, RNN
 from pyarch.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
+from pyarch.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "Config",
@@ -14,6 +16,9 @@ __all__ = [
     "GRUCell",
     "LSTM",
     "LSTMCell",
+    "MultiheadAttention",
     "RNN",
     "RNNCell",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
 ]

@@ -2,6 +2,8 @@
 
 A drop-in adds no parameter, buffer or state_dict entry; at most one private attribute, its `Config`. A deep
 copy stays a drop-in, while a pickle holds the stock class, so that it loads where pyarch is not installed.
+A layer that was built with options which torch's class has not stands for no stock class, and is pickled as
+what it is.
 """
 
 from __future__ import annotations
@@ -11,11 +13,22 @@ import copy
 import torch
 
 from pyarch.dispatch import Verdict, requested_backend
-from pyarch.nn.config import DEFAULT, Config
+from pyarch.nn.config import DEFAULT, Config, Options
 
 CONFIG_ATTRIBUTE = "_pyarch_config"
 # On a class that `swap` built over a drop-in: the class that it replaces.
 REPLACES = "_pyarch_replaces"
+
+
+def config_of(module: torch.nn.Module) -> Config:
+    """How a layer runs, of torch or of ours."""
+    return module.__dict__.get(CONFIG_ATTRIBUTE, DEFAULT)
+
+
+def backend_of(config: Config) -> str:
+    """The backend of a layer's next call: an enclosing `pyarch.backend(...)`, else that of its Config."""
+    requested = requested_backend()
+    return config.backend if requested == "auto" else requested
 
 
 class DropIn:
@@ -35,12 +48,22 @@ class DropIn:
 
     @property
     def pyarch_config(self) -> Config:
-        return self.__dict__.get(CONFIG_ATTRIBUTE, DEFAULT)
+        return config_of(self)
+
+    @property
+    def has_own_options(self) -> bool:
+        """Whether this layer was built to compute what no stock layer does."""
+        return isinstance(config_of(self), Options)
 
     def requested_backend(self) -> str:
         """The backend for the next call: an enclosing `pyarch.backend(...)`, else this layer's Config."""
-        requested = requested_backend()
-        return self.pyarch_config.backend if requested == "auto" else requested
+        return backend_of(self.pyarch_config)
+
+    def _keep_options(self, **options) -> None:
+        """Check options that torch's class has not, and keep them unless they say nothing."""
+        config = Options(**options)
+        if config != Options():
+            self.__dict__[CONFIG_ATTRIBUTE] = config
 
     def explain(self, *inputs) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of a call on `inputs`, for "forward" and "backward"."""
@@ -66,7 +89,7 @@ class DropIn:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         stock = self.stock_class()
-        if stock is type(self):
+        if stock is type(self) or self.has_own_options:
             return super().__reduce_ex__(protocol)
         state = {name: value for name, value in self.__getstate__().items() if name != CONFIG_ATTRIBUTE}
         return object.__new__, (stock,), state

@@ -1,6 +1,16 @@
 """The functional forms of pyarch's operators."""
 
+from pyarch.ops.attention_functions import scaled_dot_product_attention
 from pyarch.ops.conv import depthwise_conv
 from pyarch.ops.recurrent_functions import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
-__all__ = ["depthwise_conv", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+__all__ = [
+    "depthwise_conv",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+    "scaled_dot_product_attention",
+]

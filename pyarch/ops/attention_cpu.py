@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Arguments and result as `pyarch.reference.attention.forward`."""
     out = empty_output(query, value.shape[3])
-    lse = torch.empty(query.shape[:3], dtype=torch.float32)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     native.operators().attention_forward(out, lse, query, key, value, *_options(extras, settings))
     return out, lse
 
@@ -76,23 +77,26 @@ def weights(
 def _options(extras: Extras, settings: Settings) -> tuple:
     """The native operators' last arguments."""
     mask, bias, padding, global_mask, sinks, seed = extras
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    return mask, bias, padding, global_mask, sinks, *_numbers(settings), 0 if seed is None else int(seed)
+
+
+@lru_cache(maxsize=4096)
+def _numbers(settings: Settings) -> tuple:
+    """What `Settings` says in the order and the types of the native operators."""
     scale, is_causal, left, right, dilation, global_tokens, query_offset, softcap, dropout_p = settings
+    left, right = (_UNBOUNDED if reach is None else min(reach, _FARTHEST) for reach in (left, right))
     return (
-        mask,
-        bias,
-        padding,
-        global_mask,
-        sinks if sinks is None else sinks.float().contiguous(),
-        scale,
-        softcap,
-        dropout_p,
-        is_causal,
-        _UNBOUNDED if left is None else min(left, _FARTHEST),
-        _UNBOUNDED if right is None else min(right, _FARTHEST),
+        float(scale),
+        float(softcap),
+        float(dropout_p),
+        bool(is_causal),
+        left,
+        right,
         dilation,
         global_tokens,
         query_offset,
-        0 if seed is None else int(seed),
     )
 
 
@@ -100,5 +104,5 @@ def _sinks_gradient(grad_out, grad_lse, out, lse, sinks: Tensor) -> Tensor:
     delta = (grad_out.float() * out.float()).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    share = torch.exp(sinks.float()[:, None] - lse)  # (B, H, Tq)
+    share = torch.exp(sinks.float()[:, None] - torch.where(lse.isinf(), 0.0, lse))  # (B, H, Tq)
     return -(share * delta).sum((0, 2)).to(sinks.dtype)

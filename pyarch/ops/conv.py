@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyarch import hardware
 from pyarch.dispatch import Backend, Op, Reasons, Verdict, accepts_all, requested_backend
 from pyarch.ops.conv_measured import forward_concessions
 from pyarch.ops.conv_torch import convolve_pairs, convolve_stock
 from pyarch.ops.kernel_refusals import KERNEL_DTYPES, cpu_refusals, cuda_refusals, triton_refusals
+from pyarch.ops.plain_calls import under_transform
 from pyarch.reference.conv import memory_format, output_sizes
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -317,7 +317,7 @@ def settled_padding(
     compiling = torch.compiler.is_compiling()
     if input.dtype not in KERNEL_DTYPES or not _same_kind(input, weight, bias):
         return None
-    if not compiling and _under_transform():
+    if not compiling and under_transform():
         return None
     bias_shape = None if bias is None else bias.shape
     settings = input.shape, weight.shape, bias_shape, stride, padding, dilation, groups, padding_mode
@@ -411,8 +411,3 @@ def _shapes_agree(input_shape, weight_shape, bias_shape, groups) -> bool:
 def _pads(size: int, amount: int, padding_mode: str) -> bool:
     limit = {"reflect": size - 1, "circular": size}.get(padding_mode)
     return limit is None or amount <= limit
-
-
-def _under_transform() -> bool:
-    """Whether forward-mode AD or a functorch transform (vmap, grad, jvp) is running."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

@@ -15,11 +15,11 @@ from operator import attrgetter, or_
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import dropout as drop
 
 from pyarch.dispatch import Op, Verdict, settled_backend
 from pyarch.ops.kernel_refusals import KERNEL_DTYPES
+from pyarch.ops.plain_calls import is_ordinary, is_plain, under_transform
 from pyarch.ops.recurrent_call import (
     BACKWARD,
     FORWARD,
@@ -31,8 +31,6 @@ from pyarch.ops.recurrent_call import (
 )
 from pyarch.ops.recurrent_layer import (
     forward_layer,
-    is_ordinary,
-    is_plain,
     packs,
     run_tracked_cell,
     run_tracked_layer,
@@ -272,7 +270,7 @@ def _carries(mode, tensors, states: int, batch_sizes, num_layers: int, bidirecti
         if tensor.dtype != dtype or tensor.device != device or tensor.layout != torch.strided:
             return False
     compiling = torch.compiler.is_compiling()
-    if not compiling and _under_transform():
+    if not compiling and under_transform():
         return False
     packed = batch_sizes is not None
     shapes = tuple(tensor.shape for tensor in tensors)
@@ -307,11 +305,6 @@ def _as_autocast_casts(mode: str, tensors: tuple, packed: bool, cell: bool) -> t
         elif state != target:
             return None
     return tuple(tensor.to(target) for tensor in tensors)
-
-
-def _under_transform() -> bool:
-    """Whether forward-mode AD or a functorch transform (vmap, grad, jvp) is running."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # -------------------------------------------------------------------------------- explaining

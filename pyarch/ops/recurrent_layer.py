@@ -6,20 +6,17 @@ torch's dispatcher takes longer than the kernel of a small layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
-from pyarch.dispatch import Backend, is_recorded
+from pyarch.dispatch import Backend
+from pyarch.ops.plain_calls import is_plain, without_autocast
 from pyarch.ops.recurrent_call import BACKWARD, FORWARD, describe
 from pyarch.reference import recurrent as reference
 from pyarch.reference.recurrent import GATES, SAVED_BLOCKS, Result
 
-_PLAIN = frozenset((Tensor, Parameter))
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 # -------------------------------------------------------------------------------- the two operators
@@ -43,7 +40,7 @@ def _forward(mode, input, h0, c0, weights, batch_sizes, save, backend):
             f"{input.shape[0]}, the rows of the input"
         )
     chosen = FORWARD.choose(describe(mode, input, h0, weights, batch_sizes, save), backend)
-    output, h_n, *others = _without_autocast(
+    output, h_n, *others = without_autocast(
         chosen.run, input.device, mode, input, h0, c0, weights, batch_sizes, save
     )
     # An operator's results are new tensors, while a backend may give the same empty one twice.
@@ -70,7 +67,7 @@ def _backward(
     chosen = BACKWARD.choose(describe(mode, input, h0, weights, batch_sizes, True), backend)
     grads = grad_output, grad_h_n, grad_c_n
     tensors = input, h0, c0, weights, batch_sizes, output, gates, cells
-    *states, of_weights = _without_autocast(chosen.run, input.device, mode, *grads, *tensors, needs)
+    *states, of_weights = without_autocast(chosen.run, input.device, mode, *grads, *tensors, needs)
     present = [input.new_empty(0) if grad is None else grad for grad in (*states, *of_weights)]
     return *present[:3], present[3:]
 
@@ -140,38 +137,10 @@ def packs(batch_sizes: Tensor, rows: int, batch: int) -> bool:
 # -------------------------------------------------------------------------------- running a backend
 
 
-def is_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether nothing but autograd watches: no tracing, no dispatch mode, no subclass among the tensors."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and _PLAIN.issuperset(map(type, tensors))
-    )
-
-
-def is_ordinary(tensors: Iterable[Tensor]) -> bool:
-    """Whether a call is plain, nothing transforms or casts it, and nobody is told of its decision."""
-    return (
-        is_plain(tensors)
-        and not is_recorded()
-        and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._is_any_autocast_enabled()
-    )
-
-
-def _without_autocast(function: Callable, device: torch.device, *arguments):
-    """Call a function on tensors that hold already what autocast would have cast."""
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            return function(*arguments)
-    return function(*arguments)
-
-
 def forward_layer(kernel: Backend | None, mode, input, h0, c0, weights, batch_sizes, save, backend) -> Result:
     """A layer's results and residuals by `kernel`, or by the opaque operator where that is None."""
     if kernel is not None:
-        return _without_autocast(kernel.run, input.device, mode, input, h0, c0, weights, batch_sizes, save)
+        return without_autocast(kernel.run, input.device, mode, input, h0, c0, weights, batch_sizes, save)
     output, h_n, c_n, gates, cells = _forward_op(mode, input, h0, c0, weights, batch_sizes, save, backend)
     return output, h_n, None if c0 is None else c_n, gates, cells
 
@@ -179,7 +148,7 @@ def forward_layer(kernel: Backend | None, mode, input, h0, c0, weights, batch_si
 def _backward_layer(kernel: Backend | None, mode, grads, tensors, needs, backend):
     """Likewise the gradients of the flat (input, h0, c0, *weights)."""
     if kernel is not None:
-        *states, of_weights = _without_autocast(kernel.run, tensors[0].device, mode, *grads, *tensors, needs)
+        *states, of_weights = without_autocast(kernel.run, tensors[0].device, mode, *grads, *tensors, needs)
     else:
         *states, of_weights = _backward_op(mode, *grads, *tensors, needs, backend)
     return *states, *of_weights
@@ -215,7 +184,7 @@ class _Layer(torch.autograd.Function):
         grads, needs = (grad_output, grad_h_n, grad_c_n), (*needs[5:8], *needs[9:])
         if ctx.lacks_gates and not torch.is_grad_enabled():
             arguments = mode, input, h0, weights, batch_sizes, output
-            gates = _without_autocast(reference.gates_of, input.device, *arguments)
+            gates = without_autocast(reference.gates_of, input.device, *arguments)
         residuals = output, gates, cells
         found = backward_of(mode, grads, input, h0, c0, weights, batch_sizes, residuals, needs, backend)
         return None, None, None, None, None, *found[:3], None, *found[3:]
