@@ -38,7 +38,7 @@ EXPECTED = {
     "convnext": Expected("depthwise_conv", (18, 2), (8, 4)),
     "mobilenet": Expected("depthwise_conv", (17, 3), (8, 4)),
     "aspp": Expected("depthwise_conv", (5, 4), (4, 4, 64, 64)),
-    "conformer": Expected("depthwise_conv", (16, 2), (4, 75, 4)),
+    "conformer": Expected("depthwise_conv", (4, 4), (4, 75, 4), learnt=0.5),
     "mamba": Expected("depthwise_conv", (4, 1), (4, 33, 8)),
     "rnn_language": Expected("recurrent", (1, 1), (8, 12, 8), learnt=0.5),
     "gru_language": Expected("recurrent", (1, 1), (8, 12, 8), learnt=0.5, rate=0.2),
@@ -48,10 +48,22 @@ EXPECTED = {
     "seq2seq": Expected("recurrent", (2, 2), (16, 5, 8), learnt=0.6, rate=0.2),
     "crnn": Expected("recurrent", (2, 2), (8, 16, 4), learnt=0.5),
     "cnn_bilstm": Expected("recurrent", (1, 1), (9, 8, 5), rate=0.2),
+    "encoder": Expected("attention", (4, 4), (32, 4), learnt=0.2),
+    "gpt": Expected("attention", (4, 4), (8, 33, 8), learnt=0.3),
+    "longformer": Expected("attention", (2, 2), (16, 24, 4), learnt=0.3),
 }
+
+STOCK = (
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 
 NAMES = tuple(EXPECTED)
 RECURRENT = tuple(name for name in NAMES if EXPECTED[name].operator == "recurrent")
+ATTENTION = ("conformer", *(name for name in NAMES if EXPECTED[name].operator == "attention"))
 
 # The ledger books each run under the operator of its model.
 each_model = pytest.mark.parametrize(
@@ -81,14 +93,17 @@ def unseen(name: str) -> tuple[tuple[Tensor, ...], Tensor]:
 
 
 def layers_to_swap(model: nn.Module) -> dict[str, nn.Module]:
-    """The depthwise and recurrent layers by name, found without pyarch."""
+    """The depthwise, recurrent and attention layers by name, found without pyarch.
+
+    A Transformer layer counts, and so does the attention inside it.
+    """
     return {name: module for name, module in model.named_modules() if is_to_swap(module)}
 
 
 def is_to_swap(module: nn.Module) -> bool:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.groups == module.in_channels > 1
-    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    return isinstance(module, STOCK)
 
 
 def tensors(output: object) -> list[Tensor]:

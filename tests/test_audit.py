@@ -15,7 +15,14 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from benchmarks import audit, audit_compile, machine_code  # noqa: E402
-from pyarch.triton_kernels import conv_audit, recurrent_audit, recurrent_tuning, tuning  # noqa: E402
+from pyarch.triton_kernels import (  # noqa: E402
+    attention_audit,
+    attention_tuning,
+    conv_audit,
+    recurrent_audit,
+    recurrent_tuning,
+    tuning,
+)
 from pyarch.triton_kernels.launch import Launch, Requirement  # noqa: E402
 
 RESOURCES = """
@@ -111,6 +118,7 @@ def test_audit_refuses_text_without_figures():
         ({}, Requirement(wide_loads=0.6), "128-bit loads=50%, declared 60%"),
         ({"vector_stores": 0.0}, Requirement(wide_stores=0.1), "128-bit stores=0%, declared 10%"),
         ({}, Requirement(tensor_core=True), "no tensor-core opcode, declared one"),
+        ({}, Requirement(opcodes={"sm_90": "HGMMA"}), "tensor-core opcode=None, declared HGMMA"),
     ],
 )
 def test_audit_names_what_is_wrong(change, requirement, message):
@@ -194,6 +202,25 @@ def test_audit_reaches_every_row_of_the_recurrent_tile_table(target, monkeypatch
         if up_to > above and not (target == "gfx942" and key[2] == "tf32"):
             assert any(asked_key == key and above < size <= up_to for asked_key, size in asked), row
             served[key] = up_to
+
+
+@pytest.mark.parametrize("target", audit.TARGETS)
+def test_audit_reaches_every_row_of_the_attention_tile_table(target, monkeypatch):
+    asked = []
+    look_up = attention_tuning.Tuning.tile
+
+    def tile(self, kernel, product, scores, width):
+        asked.append((kernel, product, scores, width))
+        return look_up(self, kernel, product, scores, width)
+
+    monkeypatch.setattr(attention_tuning.Tuning, "tile", tile)
+    for case in attention_audit.AUDIT:
+        case.launches(target)
+    rows = attention_tuning.tuning(target).rows
+    # AMD's matrix units have no tf32: a call there asks for ieee, and the rows that it inherits are idle.
+    idle = "tf32" if target == "gfx942" else None
+    reached = [next(row for row in rows if attention_tuning.fits(row, *key)) for key in asked]
+    assert [row for row in rows if row not in reached and row["product"] != idle] == []
 
 
 def test_audit_derives_what_the_runtime_derives():

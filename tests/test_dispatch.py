@@ -218,7 +218,7 @@ def test_dispatch_rejects_a_bad_environment():
 def test_dispatch_rejects_a_bad_instruction_set():
     code = "from pyarch import native; native.serving()"
     failed = in_a_fresh_process(code, PYARCH_CPU_ISA="sse9")
-    assert "PYARCH_CPU_ISA='sse9', choose one of avx512_bf16, avx512, avx2" in failed.stderr
+    assert "PYARCH_CPU_ISA='sse9', choose one of amx, avx512_bf16, avx512, avx2" in failed.stderr
 
 
 def test_dispatch_serves_the_instruction_set_asked_for():

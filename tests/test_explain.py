@@ -112,6 +112,26 @@ def test_explain_a_layer_called_by_name():
     assert [each.inputs for each in pyarch.explain(Named(), image()).choices] == ["2x4x9x9 float32"] * 2
 
 
+def test_explain_both_attentions_of_a_decoder_layer_and_named_arguments():
+    layer, x = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 5, 8)
+    found = pyarch.explain(layer, {"tgt": x, "memory": x[:, :3], "tgt_is_causal": False})
+    assert [(each.layer, each.operation) for each in found.choices] == [
+        *(("", operation) for operation in ("forward", "backward", "forward, memory", "backward, memory")),
+        *(
+            (name, operation)
+            for name in ("self_attn", "multihead_attn")
+            for operation in ("forward", "backward")
+        ),
+    ]
+    assert found.choices[-1].inputs == "2x5x8, 2x3x8, 2x3x8 float32" and found.never_called == ()
+
+
+def test_explain_says_that_torch_answers_a_hint_without_a_mask():
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
+    choice = pyarch.explain(layer, {"src": x, "is_causal": True}).choices[0]
+    assert choice.backend == "torch" and "torch's own operator runs it directly" in str(choice.verdicts)
+
+
 def test_explain_an_operator_runs_it_both_ways():
     x, weight = torch.randn(2, 4, 9), torch.randn(4, 1, 3)
     with pyarch.backend("reference"):

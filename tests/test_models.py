@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,12 @@ def test_models_unknown_size_lists_the_sizes():
 
 def test_models_are_all_expected():
     assert models.names() == NAMES
+
+
+def test_models_are_all_in_the_readme():
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    table = text.partition("The models of `demo`")[2].partition("\n\n`check`")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(NAMES)
 
 
 @each_model

@@ -86,7 +86,9 @@ def test_training_check_sees_a_layer_without_gradient(name):
 
     def freeze_last(model: nn.Module) -> None:
         weights = dict(list(layers_to_swap(model).values())[-1].named_parameters())
-        name = next(name for name in ("weight", "weight_hh", "weight_hh_l0") if name in weights)
+        name = next(
+            name for name in ("weight", "weight_hh", "weight_hh_l0", "in_proj_weight") if name in weights
+        )
         weights[name].requires_grad_(False)
 
     assert all(curve_distance(name, seed, freeze_last)[1] > 5 * CURVE_TOLERANCE for seed in SEEDS)

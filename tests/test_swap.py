@@ -79,6 +79,22 @@ def test_swap_serves_every_dimension(stock, ours, dimensions):
     assert operators_of(layer, torch.randn(1, 4, *[5] * dimensions))[0][0] == RECORDED
 
 
+def test_swap_serves_transformers_layer_by_layer_and_inside():
+    model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+    report = pyarch.swap(model)
+    assert {record.name: record.now.removeprefix("pyarch.nn.") for record in report.swapped} == {
+        "encoder.layers.0": "TransformerEncoderLayer",
+        "encoder.layers.0.self_attn": "MultiheadAttention",
+        "decoder.layers.0": "TransformerDecoderLayer",
+        "decoder.layers.0.self_attn": "MultiheadAttention",
+        "decoder.layers.0.multihead_attn": "MultiheadAttention",
+    }
+    x = torch.randn(2, 5, 8)
+    assert [name for name, _ in operators_of(model, x, x)] == ["attention_forward"] * 3
+    report.restore()
+    assert type(model.encoder.layers[0].self_attn) is nn.MultiheadAttention
+
+
 def test_swap_serves_depth_multipliers():
     layer = nn.Conv2d(4, 12, 3, groups=4)
     assert pyarch.swap(layer).swapped[0].now == "pyarch.nn.Conv2d"
@@ -317,6 +333,30 @@ def test_swap_observe_names_the_layers_never_called():
     with report.observe():
         model.read(image())
     assert report.never_called == []
+
+
+def test_swap_observe_sees_attention_that_its_layer_passes_by():
+    """In evaluation without gradients torch's own layers would call no attention module."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    report = pyarch.swap(model, rules={"layers.0": pyarch.Config(), "*": None})
+    assert [record.name for record in report.swapped] == ["layers.0"]
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        assert operators_of(model, x, None, padding) == operators_of(model, x)
+        assert [name for name, _ in operators_of(model, x)] == ["attention_forward"]
+    report.restore()
+    report = pyarch.swap(model)
+    with torch.no_grad(), report.observe():
+        model(x, src_key_padding_mask=padding)
+    assert report.never_called == []
+
+
+def test_swap_report_reads_back_a_window():
+    rules = {"": pyarch.Config(window=(2, None), window_dilation=3, global_tokens=1)}
+    text = pyarch.swap(nn.MultiheadAttention(8, 2), rules=rules).to_json()
+    model = nn.MultiheadAttention(8, 2)
+    assert pyarch.apply_report(model, text).swapped[0].config == rules[""]
+    assert model.pyarch_config.window == (2, None)
 
 
 def test_swap_report_reads_back():
