@@ -137,10 +137,10 @@ def test_swap_keeps_parameters_and_state_dict(name):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def verified(name: str, backend: str):
+def verified(name: str, backend: str, seed: int = 0):
     model = tiny(name)
     pyarch.swap(model, backend=backend)
-    inputs = models.load(name).inputs(models.config(name, "tiny"), seed=0)
+    inputs = models.load(name).inputs(models.config(name, "tiny"), seed=seed)
     return pyarch.verify(model, inputs, timing=False)
 
 
@@ -152,7 +152,8 @@ def test_verify_passes(name):
 
 @each_model
 def test_verify_finds_the_reference_right_but_no_kernel(name):
-    (problem,) = verified(name, "reference").problems
+    # With seed 0 torch meets one gradient of the CRNN by luck, on CPUs where MKL's kernels multiply.
+    (problem,) = verified(name, "reference", seed=1).problems
     assert problem.startswith("no layer ran a kernel of ours")
 
 

@@ -36,7 +36,9 @@ OPERATOR = "recurrent"
 SIZES = [
     *({"steps": steps} for steps in (1, 2, 37)),
     *({"batch": batch} for batch in (None, 0, 1, 15, 17, 129)),
-    *({"hidden": hidden} for hidden in (1, 5, 31, 33, 100, 192, 193)),
+    *({"hidden": hidden} for hidden in (1, 5, 31, 33, 100, 193)),
+    # With seed 0 torch's own error is a third of its usual one, on CPUs where MKL's kernels multiply.
+    {"hidden": 192, "seed": 1},
     *({"inputs": inputs} for inputs in (1, 3, 65)),
     {"steps": 1, "batch": 4, "inputs": 1, "hidden": 1},
 ]

@@ -235,16 +235,21 @@ class Backward {
     const int64_t strips = ceil_div(queries.size(), STRIP<T>);
     pack_queries(meeting);
     Span seen[CHUNK_STRIPS<T>];  // of the block's keys, by a strip
-    for (int64_t s = 0; s < CHUNK_STRIPS<T>; ++s) {
+    for (int64_t s = 0; s < (IN_TILES<T> ? strips + strips % 2 : strips); ++s) {
       const Span rows{queries.begin + s * STRIP<T>,
                       std::min(queries.begin + (s + 1) * STRIP<T>, queries.end)};
       seen[s] = {meeting.keys.end, meeting.keys.begin};
-      clear_strip(own, s);
-      if (s >= strips) continue;
-      meeting.sight.each_block(rows, meeting.keys, [&](Span keys) {
+      int64_t runs = 0;
+      const auto each_run = [&](auto&& body) {
+        if (s < strips) meeting.sight.each_block(rows, meeting.keys, body);
+      };
+      each_run([&](Span keys) {
         seen[s] = {std::min(seen[s].begin, keys.begin), std::max(seen[s].end, keys.end)};
-        run_strip(meeting, s, rows, keys);
+        ++runs;
       });
+      const bool sees_block = runs == 1 && seen[s].size() == meeting.keys.size();
+      if (!sees_block || rows.size() < STRIP<T>) clear_strip(own, s);
+      each_run([&](Span keys) { run_strip(meeting, s, rows, keys); });
     }
     for (int64_t key = meeting.keys.begin; key < meeting.keys.end; key += KeySums<T>::TILE) {
       const Span tile{key, std::min(key + KeySums<T>::TILE, meeting.keys.end)};

@@ -9,11 +9,14 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// What a call passes beside its tensors, in the order of the Python side's tuples.
+// What a call passes beside its tensors: a seed of one int64 where it drops, and these float64, one after another.
 struct Numbers {
-  double scale, softcap, dropout;
-  bool is_causal;
-  int64_t left, right, dilation, global_tokens, query_offset, seed;
+  double scale, softcap, dropout, is_causal, left, right, dilation, global_tokens, query_offset;
+
+  static const Numbers& of(const Tensor& numbers) {
+    STD_TORCH_CHECK(numbers.numel() == sizeof(Numbers) / sizeof(double), "attention: needs its nine numbers");
+    return *data<const Numbers>(numbers);
+  }
 };
 
 template <class T>
@@ -39,19 +42,20 @@ AttentionShape shape_of(const Tensor& query, const Tensor& key, int64_t value_di
 
 AttentionPattern pattern_of(const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& global,
                             const Numbers& numbers) {
-  return {numbers.is_causal,
-          numbers.left < 0 ? UNBOUNDED : numbers.left,
-          numbers.right < 0 ? UNBOUNDED : numbers.right,
-          numbers.dilation,
-          numbers.global_tokens,
-          numbers.query_offset,
+  return {numbers.is_causal != 0,
+          numbers.left < 0 ? UNBOUNDED : int64_t(numbers.left),
+          numbers.right < 0 ? UNBOUNDED : int64_t(numbers.right),
+          int64_t(numbers.dilation),
+          int64_t(numbers.global_tokens),
+          int64_t(numbers.query_offset),
           per_score<const uint8_t>(mask),
           per_token(padding),
           per_token(global)};
 }
 
 template <class T>
-AttentionScores<T> scores_of(const MaybeTensor& bias, const MaybeTensor& sinks, const Numbers& numbers) {
+AttentionScores<T> scores_of(const MaybeTensor& bias, const MaybeTensor& sinks, const MaybeTensor& seed,
+                             const Numbers& numbers) {
   const bool single = bias && bias->scalar_type() == ScalarType::Float;
   return {float(numbers.scale),
           float(numbers.softcap),
@@ -59,21 +63,18 @@ AttentionScores<T> scores_of(const MaybeTensor& bias, const MaybeTensor& sinks, 
           single ? per_score<const float>(bias) : PerScore<const float>{},
           data<const float>(sinks),
           numbers.dropout,
-          uint64_t(numbers.seed)};
+          seed ? uint64_t(*data<const int64_t>(*seed)) : 0};
 }
 
 void forward(const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key,
              const Tensor& value, const MaybeTensor& mask, const MaybeTensor& bias,
-             const MaybeTensor& padding, const MaybeTensor& global, const MaybeTensor& sinks, double scale,
-             double softcap, double dropout, bool is_causal, int64_t left, int64_t right, int64_t dilation,
-             int64_t global_tokens, int64_t query_offset, int64_t seed) {
-  const Numbers numbers{scale, softcap,  dropout,       is_causal,    left,
-                        right, dilation, global_tokens, query_offset, seed};
+             const MaybeTensor& padding, const MaybeTensor& global, const MaybeTensor& sinks,
+             const MaybeTensor& seed, const Tensor& numbers) {
   with_element_type("attention_forward", query, [&](auto element) {
     using T = decltype(element);
     const AttentionForward<T> args{shape_of(query, key, value.size(3)),
-                                   pattern_of(mask, padding, global, numbers),
-                                   scores_of<T>(bias, sinks, numbers),
+                                   pattern_of(mask, padding, global, Numbers::of(numbers)),
+                                   scores_of<T>(bias, sinks, seed, Numbers::of(numbers)),
                                    heads_of<const T>(query),
                                    heads_of<const T>(key),
                                    heads_of<const T>(value),
@@ -89,17 +90,14 @@ void backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad, const 
               const MaybeTensor& bias_grad, const Tensor& out_grad, const MaybeTensor& lse_grad,
               const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
               const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& bias, const MaybeTensor& padding,
-              const MaybeTensor& global, const MaybeTensor& sinks, double scale, double softcap,
-              double dropout, bool is_causal, int64_t left, int64_t right, int64_t dilation,
-              int64_t global_tokens, int64_t query_offset, int64_t seed) {
-  const Numbers numbers{scale, softcap,  dropout,       is_causal,    left,
-                        right, dilation, global_tokens, query_offset, seed};
+              const MaybeTensor& global, const MaybeTensor& sinks, const MaybeTensor& seed,
+              const Tensor& numbers) {
   with_element_type("attention_backward", query, [&](auto element) {
     using T = decltype(element);
     const auto grad = [](const MaybeTensor& tensor) { return tensor ? heads_of<T>(*tensor) : Heads<T>{}; };
     const AttentionBackward<T> args{shape_of(query, key, value.size(3)),
-                                    pattern_of(mask, padding, global, numbers),
-                                    scores_of<T>(bias, sinks, numbers),
+                                    pattern_of(mask, padding, global, Numbers::of(numbers)),
+                                    scores_of<T>(bias, sinks, seed, Numbers::of(numbers)),
                                     heads_of<const T>(query),
                                     heads_of<const T>(key),
                                     heads_of<const T>(value),
@@ -119,16 +117,13 @@ void backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad, const 
 
 void weights(const Tensor& weights, const Tensor& query, const Tensor& key, const Tensor& lse, bool mean,
              const MaybeTensor& mask, const MaybeTensor& bias, const MaybeTensor& padding,
-             const MaybeTensor& global, const MaybeTensor& sinks, double scale, double softcap,
-             double dropout, bool is_causal, int64_t left, int64_t right, int64_t dilation,
-             int64_t global_tokens, int64_t query_offset, int64_t seed) {
-  const Numbers numbers{scale, softcap,  dropout,       is_causal,    left,
-                        right, dilation, global_tokens, query_offset, seed};
+             const MaybeTensor& global, const MaybeTensor& sinks, const MaybeTensor& seed,
+             const Tensor& numbers) {
   with_element_type("attention_weights", query, [&](auto element) {
     using T = decltype(element);
     const AttentionWeights<T> args{shape_of(query, key, query.size(3)),
-                                   pattern_of(mask, padding, global, numbers),
-                                   scores_of<T>(bias, sinks, numbers),
+                                   pattern_of(mask, padding, global, Numbers::of(numbers)),
+                                   scores_of<T>(bias, sinks, seed, Numbers::of(numbers)),
                                    heads_of<const T>(query),
                                    heads_of<const T>(key),
                                    data<const float>(lse),
@@ -143,22 +138,20 @@ void weights(const Tensor& weights, const Tensor& query, const Tensor& key, cons
 }  // namespace
 }  // namespace pyarch
 
-#define NUMBERS                                                                                    \
-  "float scale, float softcap, float dropout, bool is_causal, int left, int right, int dilation, " \
-  "int global_tokens, int query_offset, int seed"
-#define EXTRAS "Tensor? mask, Tensor? bias, Tensor? padding, Tensor? global_mask, Tensor? sinks, "
+#define EXTRAS                                                                                             \
+  "Tensor? mask, Tensor? bias, Tensor? padding, Tensor? global_mask, Tensor? sinks, Tensor? seed, Tensor " \
+  "numbers"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PYARCH_NAMESPACE, library) {
   library.def(
       "attention_forward(Tensor(a!) out, Tensor(b!) lse, Tensor query, Tensor key, Tensor "
-      "value, " EXTRAS NUMBERS ") -> ()");
+      "value, " EXTRAS ") -> ()");
   library.def(
       "attention_backward(Tensor(a!)? query_grad, Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? "
       "bias_grad, Tensor out_grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, Tensor out, "
-      "Tensor lse, " EXTRAS NUMBERS ") -> ()");
-  library.def(
-      "attention_weights(Tensor(a!) weights, Tensor query, Tensor key, Tensor lse, bool mean, " EXTRAS NUMBERS
-      ") -> ()");
+      "Tensor lse, " EXTRAS ") -> ()");
+  library.def("attention_weights(Tensor(a!) weights, Tensor query, Tensor key, Tensor lse, bool mean, " EXTRAS
+              ") -> ()");
 }
 
 #if defined(__AMX_BF16__)

@@ -93,7 +93,7 @@ class Dropout {
     threshold_ = uint32_t(std::min(__builtin_nearbyint(p * 4294967296.0), 4294967295.0));
   }
   bool drops() const { return p_ > 0; }
-  float rescale() const { return p_ < 1 ? float(1 / (1 - p_)) : 0.0f; }
+  float rescale() const { return float(1 / (1 - p_)); }
 
   // Writes 1 for kept keys of a row and 0 for others; keys.begin is a multiple of 4.
   void keep(int64_t head_of_all, int64_t query, Span keys, uint8_t* kept) const {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyarch.nn.config import Config
 from pyarch.ops import attention
 from pyarch.ops.kernel_refusals import KERNEL_DTYPES
+from pyarch.ops.plain_calls import under_transform
 
 
 class Call(NamedTuple):
@@ -75,6 +76,10 @@ def read(
         rows = key_padding_mask.view(batch, keys) if query.dim() == 2 else key_padding_mask
         if rows.dtype == torch.bool:
             padding = rows
+        elif _only_hides(rows) and (bias is None or bias.dtype == rows.dtype):
+            if not _can_be_added(rows, query, need_weights):
+                return None
+            padding = rows != 0
         else:
             rows = rows[:, None, None, :]
             bias = rows if bias is None else bias + rows
@@ -124,6 +129,19 @@ def _squares(mask, query: Tensor, batch: int, queries: int, keys: int, heads: in
     if mask.shape == (batch * heads, queries, keys):
         return mask.unflatten(0, (batch, heads))
     return None
+
+
+def _only_hides(padding: Tensor) -> bool:
+    """Whether numbers to add are what torch.nn.TransformerEncoder makes of bools: 0 and -inf.
+
+    Keys that are hidden cost nothing, while numbers are added to the scores of all. Only where reading the
+    numbers does not wait for a device.
+    """
+    if padding.device.type != "cpu" or padding.requires_grad or torch.compiler.is_compiling():
+        return False
+    if under_transform() or type(padding) is not Tensor:
+        return False
+    return bool(((padding == 0) | (padding == -torch.inf)).all())
 
 
 def _can_be_added(bias: Tensor, query: Tensor, need_weights: bool) -> bool:

@@ -19,6 +19,8 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, extras: Extras, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Arguments and result as `pyarch.reference.attention.forward`."""
+    if settings.dropout_p >= 1:
+        value, settings = torch.zeros_like(value), settings._replace(dropout_p=0.0)
     out = empty_output(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     native.operators().attention_forward(out, lse, query, key, value, *_options(extras, settings))
@@ -38,12 +40,14 @@ def backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """Arguments and result as `pyarch.reference.attention.backward`."""
+    if settings.dropout_p >= 1:
+        value, settings = torch.zeros_like(value), settings._replace(dropout_p=0.0)
+        grad_out = torch.zeros_like(grad_out)
     tensors = query, key, value
-    grads = [torch.empty_like(each) if need else None for each, need in zip(tensors, needs, strict=False)]
-    written = [
-        grad if grad is None or grad.stride(-1) == 1 else torch.empty(grad.shape, dtype=grad.dtype)
-        for grad in grads
-    ]
+    # Without queries or without keys there is nothing to sum, and the kernels write nothing.
+    make = torch.empty_like if query.shape[2] and key.shape[2] else torch.zeros_like
+    grads = [make(each) if need else None for each, need in zip(tensors, needs, strict=False)]
+    written = [grad if grad is None or grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
     grad_bias = torch.zeros(extras.bias.shape) if needs[3] else None
     if any(needs[:4]):
         native.operators().attention_backward(
@@ -69,6 +73,8 @@ def weights(
     """Arguments and result as `pyarch.reference.attention.weights`."""
     batch, heads, queries, _ = query.shape
     shape = (batch, queries, key.shape[2]) if mean else (batch, heads, queries, key.shape[2])
+    if settings.dropout_p >= 1:
+        return torch.zeros(shape, dtype=query.dtype)
     made = torch.empty(shape, dtype=query.dtype)
     native.operators().attention_weights(made, query, key, lse, mean, *_options(extras, settings))
     return made
@@ -76,28 +82,18 @@ def weights(
 
 def _options(extras: Extras, settings: Settings) -> tuple:
     """The native operators' last arguments."""
-    mask, bias, padding, global_mask, sinks, seed = extras
-    if sinks is not None:
-        sinks = sinks.float().contiguous()
-    return mask, bias, padding, global_mask, sinks, *_numbers(settings), 0 if seed is None else int(seed)
+    if extras.sinks is not None:
+        extras = extras._replace(sinks=extras.sinks.float().contiguous())
+    return *extras, _numbers(settings)
 
 
 @lru_cache(maxsize=4096)
-def _numbers(settings: Settings) -> tuple:
-    """What `Settings` says in the order and the types of the native operators."""
+def _numbers(settings: Settings) -> Tensor:
+    """What `Settings` says, in the order of the native operators; as one tensor: each argument takes time."""
     scale, is_causal, left, right, dilation, global_tokens, query_offset, softcap, dropout_p = settings
     left, right = (_UNBOUNDED if reach is None else min(reach, _FARTHEST) for reach in (left, right))
-    return (
-        float(scale),
-        float(softcap),
-        float(dropout_p),
-        bool(is_causal),
-        left,
-        right,
-        dilation,
-        global_tokens,
-        query_offset,
-    )
+    numbers = scale, softcap, dropout_p, is_causal, left, right, dilation, global_tokens, query_offset
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _sinks_gradient(grad_out, grad_lse, out, lse, sinks: Tensor) -> Tensor:
