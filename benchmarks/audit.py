@@ -31,7 +31,7 @@ from pyarch.triton_kernels.launch import Launch, Requirement
 
 SCHEMA = 1
 WORKERS = 2
-OPERATORS = ("conv", "recurrent", "recurrent_persistent")
+OPERATORS = ("conv", "recurrent", "recurrent_persistent", "attention")
 TILE_NAMES = ("TW", "GROUP", "STAGES", "UNITS", "RESIDENT")
 FIGURES = {
     "registers": int,
@@ -146,6 +146,9 @@ def problems(row: dict, requirement: Requirement) -> list[str]:
         found.append(f"128-bit stores={row['vector_stores']:.0%}, declared {requirement.wide_stores:.0%}")
     if requirement.tensor_core and not row["tensor_core"]["count"]:
         found.append("no tensor-core opcode, declared one")
+    opcode, declared = row["tensor_core"]["opcode"], requirement.opcodes.get(row["target"])
+    if declared is not None and opcode != declared:
+        found.append(f"tensor-core opcode={opcode}, declared {declared}")
     return found
 
 

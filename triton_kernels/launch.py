@@ -10,11 +10,12 @@ import torch
 @dataclass(frozen=True)
 class Requirement:
     """What a kernel declares about its machine code: least shares of 128-bit accesses among its global
-    loads and stores, and whether it must use tensor cores."""
+    loads and stores, whether it must use tensor cores, and by which opcode on a target that has several."""
 
     wide_loads: float = 0.0
     wide_stores: float = 0.0
     tensor_core: bool = False
+    opcodes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
