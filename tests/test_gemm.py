@@ -88,8 +88,8 @@ def check_product(matmul, shape, layouts, dtype, out_dtype):
     matmul(added, a, b, bias, True)
 
     exact = a.double() @ b.double()
-    # Of one row or column torch may make dot products, each in many partial sums. Ours sums by k alone, whatever m
-    # and n are, so torch's product of many rows and columns is what it is held to.
+    # Of one row or column torch may make dot products, each in many partial sums. Ours sums by k alone,
+    # whatever m and n are, so torch's product of many rows and columns is what it is held to.
     stock = (a.float().repeat(16, 1) @ b.float().repeat(1, 16))[:m, :n]
     for name, ours, beside in (
         ("product", plain, torch.zeros(())),

@@ -95,7 +95,8 @@ struct AttentionBackward {
   const float* lse;
   const float* lse_grad;  // (B, H, Tq) or null
   Heads<T> query_grad, key_grad, value_grad;
-  PerScore<float> bias_grad;  // contiguous, holding zeros; a stride 0 sums
+  PerScore<float> bias_grad;  // holding zeros; a stride 0 sums
+  bool first_bias_grad;       // or holding nothing: every score is met, once
 };
 
 template <class T>

@@ -302,16 +302,11 @@ class Backward {
 
   void run_strip(const Meeting& meeting, int64_t s, Span rows, Span keys) const {
     const Thread& own = meeting.own;
-    const int64_t count = rows.size(), width = ceil_div(keys.size(), PANEL) * PANEL;
+    const int64_t count = rows.size(), width = whole_panels(keys.size());
     const int64_t offset = keys.begin - meeting.keys.begin;
     uint8_t* const visible = reinterpret_cast<uint8_t*>(own.memory + own.at.visible);
-    const bool all = meeting.sight.sees_all(rows, keys);
-    if (!all) {
-      bool any = false;
-      for (int64_t r = 0; r < count; ++r)
-        any |= meeting.sight.look(meeting.head, rows.begin + r, keys, visible + r * KEY_BLOCK);
-      if (!any) return;
-    }
+    const Parts parts{keys, meeting.sight.seen_whole(rows, keys)};
+    if (!parts.look(meeting.sight, meeting.head, rows, visible)) return;
     float* const scores = own.memory + own.at.scores;
     float* const probability_grads = own.memory + own.at.probability_grads;
     const auto multiply = [&](int64_t left, int64_t right, int64_t elements, float* products) {
@@ -325,11 +320,13 @@ class Backward {
     multiply(own.at.out_grads, own.at.values, shape_.value_dim, probability_grads);
     float* const shared = shares_bias() ? own.memory + own.at.bias_grads : nullptr;
     if (shared) std::fill(shared, shared + KEY_PITCH, 0.0f);
-    for (int64_t r = 0; r < count; ++r) {
-      float* const bias_grad = shared ? shared : bias_grad_of(meeting, rows.begin + r, keys);
-      differentiate_row(meeting, rows.begin + r, r, s * STRIP<T> + r, keys, width, offset,
-                        all ? nullptr : visible + r * KEY_BLOCK, bias_grad);
-    }
+    for (int64_t r = 0; r < count; ++r)
+      parts.each([&](Span part, bool is_whole) {
+        const int64_t column = part.begin - keys.begin;
+        float* const bias_grad = shared ? shared + column : bias_grad_of(meeting, rows.begin + r, part);
+        differentiate_row(meeting, rows.begin + r, part, {r, column, s * STRIP<T> + r, offset + column},
+                          is_whole ? nullptr : visible + r * KEY_BLOCK + column, bias_grad);
+      });
     if (shared)
       for (int64_t k = 0; k < keys.size(); k += LANES)
         add_to_bias(bias_grad_of(meeting, rows.begin, keys), k, keys.size(), load(shared + k));
@@ -347,12 +344,18 @@ class Backward {
     }
   }
 
+  // Where a row's scores begin: which row of the strip's buffers, where in it, and where in the chunk's.
+  struct Place {
+    int64_t strip_row, strip_column, chunk_row, chunk_column;
+  };
+
   // From a row's products its probabilities and the gradient of its scores.
-  void differentiate_row(const Meeting& meeting, int64_t query, int64_t r, int64_t row_of_chunk, Span keys,
-                         int64_t width, int64_t offset, const uint8_t* visible, float* bias_grad) const {
+  void differentiate_row(const Meeting& meeting, int64_t query, Span keys, const Place& place,
+                         const uint8_t* visible, float* bias_grad) const {
     const Thread& own = meeting.own;
-    const float* const scores = own.memory + own.at.scores + r * KEY_PITCH;
-    const float* const grads = own.memory + own.at.probability_grads + r * KEY_PITCH;
+    const float* const scores = own.memory + own.at.scores + place.strip_row * KEY_PITCH + place.strip_column;
+    const float* const grads =
+        own.memory + own.at.probability_grads + place.strip_row * KEY_PITCH + place.strip_column;
     const bool plain = rule_.is_plain(), caps = args_.scores.softcap != 0, drops = dropout_.drops();
     uint8_t* const kept = reinterpret_cast<uint8_t*>(own.memory + own.at.kept);
     if (drops) dropout_.keep(meeting.batch * shape_.heads + meeting.head, query, keys, kept);
@@ -360,7 +363,7 @@ class Backward {
     const Vec factor = broadcast(rule_.factor()), rescale = broadcast(dropout_.rescale());
     const Vec shift = sub(zero(), broadcast(own.memory[own.at.exponents + query]));
     const Vec delta = broadcast(own.memory[own.at.deltas + query]);
-    for (int64_t k = 0; k < width; k += LANES) {
+    for (int64_t k = 0; k < whole_panels(keys.size()); k += LANES) {
       Vec x = load(scores + k), tanh_of_it = zero();
       if (plain) {
         x = fma(x, factor, shift);
@@ -381,11 +384,13 @@ class Backward {
       }
       if (bias_grad) add_to_bias(bias_grad, k, keys.size(), score_grad);
       if (caps) score_grad = mul(score_grad, fma(negative(tanh_of_it), tanh_of_it, broadcast(1.0f)));
-      store_across(own.memory + own.at.probabilities, row_of_chunk, offset + k, dropped);
-      store_across(own.memory + own.at.score_grads, row_of_chunk, offset + k, score_grad);
+      store_across(own.memory + own.at.probabilities, place.chunk_row, place.chunk_column + k, dropped);
+      store_across(own.memory + own.at.score_grads, place.chunk_row, place.chunk_column + k, score_grad);
       if constexpr (E > 1)
-        store(reinterpret_cast<bfloat16*>(own.memory + own.at.strip_score_grads + r * KEY_PITCH) + k,
-              score_grad);
+        store(
+            reinterpret_cast<bfloat16*>(own.memory + own.at.strip_score_grads + place.strip_row * KEY_PITCH) +
+                place.strip_column + k,
+            score_grad);
     }
   }
 
@@ -418,7 +423,7 @@ class Backward {
       *grads += sum(score_grad);
     } else {
       const Mask mask = first_lanes(std::max<int64_t>(0, count - k));
-      store(grads + k, add(load(grads + k, mask), score_grad), mask);
+      store(grads + k, args_.first_bias_grad ? score_grad : add(load(grads + k, mask), score_grad), mask);
     }
   }
 

@@ -87,11 +87,11 @@ void forward(const Tensor& out, const Tensor& lse, const Tensor& query, const Te
 }
 
 void backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad, const MaybeTensor& value_grad,
-              const MaybeTensor& bias_grad, const Tensor& out_grad, const MaybeTensor& lse_grad,
-              const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-              const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& bias, const MaybeTensor& padding,
-              const MaybeTensor& global, const MaybeTensor& sinks, const MaybeTensor& seed,
-              const Tensor& numbers) {
+              const MaybeTensor& bias_grad, bool first_bias_grad, const Tensor& out_grad,
+              const MaybeTensor& lse_grad, const Tensor& query, const Tensor& key, const Tensor& value,
+              const Tensor& out, const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& bias,
+              const MaybeTensor& padding, const MaybeTensor& global, const MaybeTensor& sinks,
+              const MaybeTensor& seed, const Tensor& numbers) {
   with_element_type("attention_backward", query, [&](auto element) {
     using T = decltype(element);
     const auto grad = [](const MaybeTensor& tensor) { return tensor ? heads_of<T>(*tensor) : Heads<T>{}; };
@@ -108,7 +108,8 @@ void backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad, const 
                                     grad(query_grad),
                                     grad(key_grad),
                                     grad(value_grad),
-                                    per_score<float>(bias_grad)};
+                                    per_score<float>(bias_grad),
+                                    first_bias_grad};
     Scratch scratch{out};
     attention_backward<T>(args, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
                           on_torch_threads);
@@ -148,7 +149,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYARCH_NAMESPACE, library) {
       "value, " EXTRAS ") -> ()");
   library.def(
       "attention_backward(Tensor(a!)? query_grad, Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? "
-      "bias_grad, Tensor out_grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "bias_grad, bool first_bias_grad, Tensor out_grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor "
+      "value, Tensor out, "
       "Tensor lse, " EXTRAS ") -> ()");
   library.def("attention_weights(Tensor(a!) weights, Tensor query, Tensor key, Tensor lse, bool mean, " EXTRAS
               ") -> ()");

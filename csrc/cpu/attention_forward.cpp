@@ -157,23 +157,22 @@ class Forward {
               float* sums) const {
     Work& work = chunk.work;
     const int64_t count = rows.size();
-    const bool all = chunk.sight.sees_all(rows, keys), plain = rule_.is_plain();
-    if (!all) {
-      bool any = false;
-      for (int64_t r = 0; r < count; ++r)
-        any |= chunk.sight.look(chunk.head, rows.begin + r, keys, work.visible + r * KEY_BLOCK);
-      if (!any) return;
-    }
-    // Whether what the micro-kernel makes needs no change, and it finds the largest.
-    const bool ready = all && plain && !IN_TILES<T>;
+    const Parts parts{keys, chunk.sight.seen_whole(rows, keys)};
+    if (!parts.look(chunk.sight, chunk.head, rows, work.visible)) return;
     for (int64_t r = 0; r < LANES; ++r) store(work.maxima + r * LANES, broadcast(MINUS_INFINITY));
+    // Where nothing changes what the micro-kernel makes, it finds the largest too.
+    const bool plain = rule_.is_plain(), finds_largest = plain && !IN_TILES<T>;
     const int64_t panel_floats = row_panel_floats<T>(shape_.head_dim);
-    for (int64_t key = keys.begin; key < keys.end; key += PANEL)
-      multiply_scores<T>(count, {queries, chunk.keys + key / PANEL * panel_floats, query_steps_,
-                                 work.scores + key - keys.begin, ready ? work.maxima : nullptr});
-    const int64_t width = ceil_div(keys.size(), PANEL) * PANEL;
-    if (!ready)
-      for (int64_t r = 0; r < count; ++r) change_row(chunk, rows.begin + r, r, keys, width, all, plain);
+    parts.each([&](Span part, bool is_whole) {
+      const bool ready = is_whole && finds_largest;
+      for (int64_t key = part.begin; key < part.end; key += PANEL)
+        multiply_scores<T>(count, {queries, chunk.keys + key / PANEL * panel_floats, query_steps_,
+                                   work.scores + key - keys.begin, ready ? work.maxima : nullptr});
+      if (!ready)
+        for (int64_t r = 0; r < count; ++r)
+          change_row(chunk, rows.begin + r, r, part, part.begin - keys.begin, is_whole, plain);
+    });
+    const int64_t width = whole_panels(keys.size());
     update_exponents(work, state, plain);
     for (int64_t r = 0; r < count; ++r) exponentiate_row(chunk, rows.begin + r, r, keys, width, state, plain);
 
@@ -186,21 +185,21 @@ class Forward {
   }
 
   // What the products of a row become before the softmax; and their largest.
-  void change_row(const Chunk& chunk, int64_t query, int64_t r, Span keys, int64_t width, bool all,
+  void change_row(const Chunk& chunk, int64_t query, int64_t r, Span keys, int64_t column, bool is_whole,
                   bool plain) const {
     Work& work = chunk.work;
-    float* const scores = work.scores + r * KEY_PITCH;
-    const uint8_t* const visible = work.visible + r * KEY_BLOCK;
+    float* const scores = work.scores + r * KEY_PITCH + column;
+    const uint8_t* const visible = work.visible + r * KEY_BLOCK + column;
     const auto biases = rule_.biases(chunk.batch, chunk.head, query, keys.begin);
-    Vec largest = broadcast(MINUS_INFINITY);
-    for (int64_t k = 0; k < width; k += LANES) {
+    Vec largest = load(work.maxima + r * LANES);
+    for (int64_t k = 0; k < whole_panels(keys.size()); k += LANES) {
       Vec x = load(scores + k);
       if (!plain) {
         const Vec tanh_of_it = args_.scores.softcap != 0 ? rule_.capped(x) : x;
         x = rule_.exponent(x, tanh_of_it, biases.at(k, keys.size()));
       }
-      if (!all) x = where(visible + k, x, broadcast(MINUS_INFINITY));
-      if (!(all && plain)) store(scores + k, x);
+      if (!is_whole) x = where(visible + k, x, broadcast(MINUS_INFINITY));
+      if (!(is_whole && plain)) store(scores + k, x);
       largest = larger_of(largest, x);
     }
     store(work.maxima + r * LANES, largest);

@@ -84,6 +84,33 @@ struct ScoreRule {
   }
 };
 
+// A block of keys in up to three parts, of which the middle one is seen whole by every query of a strip.
+struct Parts {
+  Span keys, whole;
+
+  // Calls body(part, is_whole) for the parts that hold any keys.
+  template <class Body>
+  ALWAYS_INLINE void each(Body&& body) const {
+    if (keys.begin < whole.begin) body(Span{keys.begin, whole.begin}, false);
+    if (whole.size()) body(whole, true);
+    if (whole.end < keys.end) body(Span{whole.end, keys.end}, false);
+  }
+  // Says for each query of a head, KEY_BLOCK bytes apart, which keys of the other parts it sees; returns
+  // whether any sees a key.
+  bool look(const Sight& sight, int64_t head, Span queries, uint8_t* visible) const {
+    bool any = whole.size();
+    each([&](Span part, bool is_whole) {
+      if (is_whole) return;
+      for (int64_t query = queries.begin; query < queries.end; ++query)
+        any |= sight.look(head, query, part,
+                          visible + (query - queries.begin) * KEY_BLOCK + part.begin - keys.begin);
+    });
+    return any;
+  }
+};
+
+inline int64_t whole_panels(int64_t keys) { return (keys + PANEL - 1) / PANEL * PANEL; }
+
 // The keep-mask of dropout: word j % 4 of Philox at counter (j / 4, i, b * H + h).
 class Dropout {
  public:

@@ -57,10 +57,16 @@ bool Sight::hides(int64_t panel, bool all) const {
   return all ? hidden == std::min<int64_t>(PANEL, shape_.keys - panel * PANEL) : hidden > 0;
 }
 
-bool Sight::sees_all(Span queries, Span keys) const {
-  if (pattern_.mask.data || lattice_ || keys.size() % PANEL) return false;
-  if (!hidden_.empty() && hidden_before_[keys.end / PANEL] > hidden_before_[keys.begin / PANEL]) return false;
-  return near(queries.end - 1).begin <= keys.begin && near(queries.begin).end >= keys.end;
+Span Sight::seen_whole(Span queries, Span keys) const {
+  const Span none{keys.begin, keys.begin};
+  if (pattern_.mask.data || lattice_) return none;
+  int64_t first = (std::max(near(queries.end - 1).begin, keys.begin) + PANEL - 1) / PANEL;
+  int64_t end = std::min(near(queries.begin).end, keys.end) / PANEL;
+  while (first < end && hides(end - 1, false)) --end;
+  while (first < end && hides(first, false)) ++first;
+  if (first >= end) return none;
+  if (!hidden_.empty() && hidden_before_[end] > hidden_before_[first]) return none;
+  return {first * PANEL, end * PANEL};
 }
 
 bool Sight::look(int64_t head, int64_t query, Span keys, uint8_t* visible) const {

@@ -26,8 +26,9 @@ class Sight {
   template <class Body>
   void each_block(Span queries, Span among, Body&& body) const;
 
-  // Whether every query sees every key, and no panel is cut short.
-  bool sees_all(Span queries, Span keys) const;
+  // The panels of these keys, one after another, that every query sees whole; empty where there are none.
+  Span seen_whole(Span queries, Span keys) const;
+  bool sees_all(Span queries, Span keys) const { return seen_whole(queries, keys).size() == keys.size(); }
 
   // Says of each key, up to a whole panel, whether a head's query sees it; returns whether it sees any.
   bool look(int64_t head, int64_t query, Span keys, uint8_t* visible) const;

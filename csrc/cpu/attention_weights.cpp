@@ -69,7 +69,7 @@ class Weights {
   // Adds one head's probabilities.
   void add_head(const Sight& sight, int64_t b, int64_t h, Span rows, Span keys, int64_t offset,
                 const float* panels, const float* queries, Work& work) const {
-    const int64_t width = ceil_div(keys.size(), PANEL) * PANEL, steps = steps_of<T>(shape_.head_dim);
+    const int64_t width = whole_panels(keys.size()), steps = steps_of<T>(shape_.head_dim);
     const int64_t panel_floats = row_panel_floats<T>(shape_.head_dim);
     const bool all = sight.sees_all(rows, keys), plain = rule_.is_plain();
     for (int64_t k = 0; k < width; k += PANEL)

@@ -174,11 +174,32 @@ def _torch_refusals(call: AttentionCall) -> Reasons:
         yield "an empty query or key, of which stock SDPA gives no lse"
 
 
-def _op(name: str, function: str, torch_refusals, concessions=accepts_all) -> Op:
+def _triton_refusals(call: AttentionCall) -> Reasons:
+    yield from triton_refusals(call)
+    yield from _wider_than(_WIDEST, call)
+
+
+def _triton_backward_refusals(call: AttentionCall) -> Reasons:
+    yield from triton_refusals(call)
+    yield from _wider_than(_WIDEST_FLOAT32_BACKWARD if call.dtype == torch.float32 else _WIDEST, call)
+
+
+def _wider_than(widest: int, call: AttentionCall) -> Reasons:
+    for name, width in (("head_dim", call.head_dim), ("value_dim", call.value_dim)):
+        if width > widest:
+            yield f"{name} {width}, needs at most {widest}"
+
+
+# Of the Triton kernels; a wider float32 backward has not the registers and would spill.
+_WIDEST = 256
+_WIDEST_FLOAT32_BACKWARD = 128
+
+
+def _op(name: str, function: str, torch_refusals, concessions=accepts_all, triton=_triton_refusals) -> Op:
     return Op(
         name,
         (
-            Backend("triton", f"pyarch.triton_kernels.attention:{function}", triton_refusals),
+            Backend("triton", f"pyarch.triton_kernels.attention:{function}", triton),
             Backend("cuda", f"pyarch.cuda_kernels.attention:{function}", cuda_refusals),
             Backend("cpu", f"pyarch.ops.attention_cpu:{function}", cpu_refusals, concessions),
             Backend("torch", f"pyarch.ops.attention_torch:{function}", torch_refusals),
@@ -188,5 +209,5 @@ def _op(name: str, function: str, torch_refusals, concessions=accepts_all) -> Op
 
 
 FORWARD = _op("attention_forward", "forward", _torch_refusals, forward_concessions)
-BACKWARD = _op("attention_backward", "backward", _torch_refusals)
+BACKWARD = _op("attention_backward", "backward", _torch_refusals, triton=_triton_backward_refusals)
 WEIGHTS = _op("attention_weights", "weights", accepts_all)

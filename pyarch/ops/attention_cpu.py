@@ -48,11 +48,16 @@ def backward(
     make = torch.empty_like if query.shape[2] and key.shape[2] else torch.zeros_like
     grads = [make(each) if need else None for each, need in zip(tensors, needs, strict=False)]
     written = [grad if grad is None or grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
-    grad_bias = torch.zeros(extras.bias.shape) if needs[3] else None
+    grad_bias, is_met_once = None, False
+    if needs[3]:
+        full = (*query.shape[:3], key.shape[2])
+        is_met_once = extras.bias.shape == full and _sees_everything(extras, settings)
+        grad_bias = torch.empty(full) if is_met_once else torch.zeros(extras.bias.shape)
     if any(needs[:4]):
         native.operators().attention_backward(
             *written,
             grad_bias,
+            is_met_once,
             grad_out,
             None if grad_lse is None else grad_lse.contiguous(),
             *tensors,
@@ -94,6 +99,12 @@ def _numbers(settings: Settings) -> Tensor:
     left, right = (_UNBOUNDED if reach is None else min(reach, _FARTHEST) for reach in (left, right))
     numbers = scale, softcap, dropout_p, is_causal, left, right, dilation, global_tokens, query_offset
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def _sees_everything(extras: Extras, settings: Settings) -> bool:
+    """Whether every query sees every key."""
+    is_near = settings.left is not None or settings.right is not None or settings.dilation != 1
+    return not (settings.is_causal or is_near) and extras.mask is None and extras.padding is None
 
 
 def _sinks_gradient(grad_out, grad_lse, out, lse, sinks: Tensor) -> Tensor:
