@@ -1,8 +1,7 @@
 // The probabilities of attention, made again from queries, keys and lse; see attention.h.
 //
-// A strip of queries and a block of keys take every head in turn, so that a mean over heads needs memory for one block.
-#include <cstring>
-
+// A chunk of queries and a block of keys take every head in turn, so that a mean over heads needs memory for one block,
+// and a head's block of keys is read from memory once for all strips of the chunk.
 #include "attention_operands.h"
 #include "attention_probabilities.h"
 #include "attention_tasks.h"
@@ -24,7 +23,13 @@ class Weights {
 
   void run(const GiveScratch& give, const ParallelFor& parallel) const {
     const int64_t units = shape_.batch * shape_.kv_heads;
-    const int64_t work_floats = int64_t(sizeof(Work) / sizeof(float)) + shape_.heads * strip_floats_;
+    const int64_t strips = ceil_div(shape_.queries, STRIP<T>);
+    // Chunks as large as leave every thread some.
+    const int64_t chunk_strips =
+        std::clamp<int64_t>(shape_.batch * strips / (4 * tasks_.threads()), 1, CHUNK_STRIPS<T>);
+    const int64_t weight_floats = chunk_strips * STRIP<T> * KEY_PITCH;
+    const int64_t work_floats =
+        int64_t(sizeof(Work) / sizeof(float)) + weight_floats + shape_.heads * chunk_strips * strip_floats_;
     float* const keys = static_cast<float*>(
         give((units * key_floats_ + tasks_.threads() * work_floats) * int64_t(sizeof(float))));
     float* const works = keys + units * key_floats_;
@@ -32,43 +37,53 @@ class Weights {
       pack_row_panels(Rows<T>::of(args_.key, unit / shape_.kv_heads, unit % shape_.kv_heads, shape_.head_dim),
                       shape_.keys, keys + unit * key_floats_);
     });
-    const int64_t strips = ceil_div(shape_.queries, STRIP<T>);
-    tasks_.template each<T>(shape_.batch * strips, parallel, [&](int64_t task, int64_t thread) {
-      const int64_t b = task / strips, first = task % strips * STRIP<T>;
+    const int64_t chunks = ceil_div(strips, chunk_strips), chunk_rows = chunk_strips * STRIP<T>;
+    tasks_.template each<T>(shape_.batch * chunks, parallel, [&](int64_t task, int64_t thread) {
+      const int64_t b = task / chunks, first = task % chunks * chunk_rows;
       Work& work = *reinterpret_cast<Work*>(works + thread * work_floats);
-      run_strip(b, {first, std::min(first + STRIP<T>, shape_.queries)},
-                keys + b * shape_.kv_heads * key_floats_, work, reinterpret_cast<float*>(&work + 1));
+      float* const weights = reinterpret_cast<float*>(&work + 1);
+      run_chunk(b, {first, std::min(first + chunk_rows, shape_.queries)},
+                keys + b * shape_.kv_heads * key_floats_, work, weights, weights + weight_floats);
     });
   }
 
  private:
   struct alignas(64) Work {
-    float scores[STRIP<T> * KEY_PITCH], weights[STRIP<T> * KEY_PITCH];
+    float scores[STRIP<T> * KEY_PITCH];
     uint8_t visible[KEY_BLOCK], kept[Dropout::BYTES];
   };
 
-  void run_strip(int64_t b, Span rows, const float* keys, Work& work, float* queries) const {
+  void run_chunk(int64_t b, Span rows, const float* keys, Work& work, float* weights, float* queries) const {
     const Sight sight(shape_, args_.pattern, b);
+    const int64_t strips = ceil_div(rows.size(), STRIP<T>);
+    const auto strip_rows = [&](int64_t s) {
+      return Span{rows.begin + s * STRIP<T>, std::min(rows.begin + (s + 1) * STRIP<T>, rows.end)};
+    };
+    const auto strip_queries = [&](int64_t h, int64_t s) {
+      return queries + (h * strips + s) * strip_floats_;
+    };
     for (int64_t h = 0; h < shape_.heads; ++h)
-      pack_strip(Rows<T>::of(args_.query, b, h, shape_.head_dim).from(rows.begin), rows.size(),
-                 queries + h * strip_floats_);
+      for (int64_t s = 0; s < strips; ++s)
+        pack_strip(Rows<T>::of(args_.query, b, h, shape_.head_dim).from(strip_rows(s).begin),
+                   strip_rows(s).size(), strip_queries(h, s));
     const int64_t at_once = args_.mean ? shape_.heads : 1;
     for (int64_t first = 0; first < shape_.heads; first += at_once)
       for (int64_t begin = 0; begin < shape_.keys; begin += KEY_BLOCK) {
         const Span block{begin, std::min(begin + KEY_BLOCK, shape_.keys)};
-        std::memset(work.weights, 0, sizeof(work.weights));
-        sight.each_block(rows, block, [&](Span seen) {
-          for (int64_t h = first; h < first + at_once; ++h)
-            add_head(sight, b, h, rows, seen, seen.begin - begin, keys + h / shape_.group() * key_floats_,
-                     queries + h * strip_floats_, work);
-        });
-        write(b, first, rows, block, work.weights);
+        std::fill_n(weights, strips * STRIP<T> * KEY_PITCH, 0.0f);
+        for (int64_t h = first; h < first + at_once; ++h)
+          for (int64_t s = 0; s < strips; ++s)
+            sight.each_block(strip_rows(s), block, [&](Span seen) {
+              add_head(sight, b, h, strip_rows(s), seen, keys + h / shape_.group() * key_floats_,
+                       strip_queries(h, s), work, weights + s * STRIP<T> * KEY_PITCH + seen.begin - begin);
+            });
+        write(b, first, rows, block, weights);
       }
   }
 
   // Adds one head's probabilities.
-  void add_head(const Sight& sight, int64_t b, int64_t h, Span rows, Span keys, int64_t offset,
-                const float* panels, const float* queries, Work& work) const {
+  void add_head(const Sight& sight, int64_t b, int64_t h, Span rows, Span keys, const float* panels,
+                const float* queries, Work& work, float* weights) const {
     const int64_t width = whole_panels(keys.size()), steps = steps_of<T>(shape_.head_dim);
     const int64_t panel_floats = row_panel_floats<T>(shape_.head_dim);
     const bool all = sight.sees_all(rows, keys), plain = rule_.is_plain();
@@ -83,7 +98,7 @@ class Weights {
       if (dropout_.drops()) dropout_.keep(b * shape_.heads + h, query, keys, work.kept);
       const auto biases = rule_.biases(b, h, query, keys.begin);
       const Vec shift = broadcast(-lse * LOG2_E), factor = broadcast(rule_.factor());
-      float* const sums = work.weights + r * KEY_PITCH + offset;
+      float* const sums = weights + r * KEY_PITCH;
       for (int64_t k = 0; k < width; k += LANES) {
         const Vec product = load(work.scores + r * KEY_PITCH + k);
         Vec x;

@@ -22,7 +22,7 @@ def forward(
     if settings.dropout_p >= 1:
         value, settings = torch.zeros_like(value), settings._replace(dropout_p=0.0)
     out = empty_output(query, value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32)
     native.operators().attention_forward(out, lse, query, key, value, *_options(extras, settings))
     return out, lse
 
