@@ -116,7 +116,8 @@ def run(
     if compiling:
         query, key, value = _each_once(query, key, value)
     if save:
-        out, lse = run_tracked(kernel, settings, backend, query, key, value, *extras)
+        given = () if extras is NO_EXTRAS else extras
+        out, lse = run_tracked(kernel, settings, backend, query, key, value, *given)
     elif return_weights is None and not return_lse and kernel is not None and kernel.name == "torch":
         return without_autocast(attention_torch.attend, query.device, query, key, value, extras, settings)
     else:

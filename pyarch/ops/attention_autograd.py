@@ -133,7 +133,7 @@ class _Attention(torch.autograd.Function):
     """Saves what the operator is given and gives; the backward is chosen on its own.
 
     A second backward differentiates the written-out gradients of the reference, in which out and lse stand as
-    results of this very function.
+    results of this very function. The extras are all or none: each argument takes time.
     """
 
     @staticmethod
@@ -147,14 +147,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         query, key, value, out, lse, *extras = ctx.saved_tensors
-        if grad_out is None and grad_lse is None:
-            return (None,) * 12
         needs = ctx.needs_input_grad
-        needs = *needs[3:6], needs[7], needs[10]
+        if grad_out is None and grad_lse is None:
+            return (None,) * len(needs)
+        wanted = *needs[3:6], *((needs[7], needs[10]) if extras else (False, False))
         tensors, grads = (query, key, value, out, lse), (grad_out, grad_lse)
         settings, backend = ctx.settings
-        dq, dk, dv, dbias, dsinks = _backward_of(grads, tensors, Extras(*extras), settings, needs, backend)
-        return None, None, None, dq, dk, dv, None, dbias, None, None, dsinks, None
+        dq, dk, dv, dbias, dsinks = _backward_of(grads, tensors, Extras(*extras), settings, wanted, backend)
+        of_extras = (None, dbias, None, None, dsinks, None) if extras else ()
+        return None, None, None, dq, dk, dv, *of_extras
 
 
 class _Weights(torch.autograd.Function):
