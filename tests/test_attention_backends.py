@@ -211,6 +211,22 @@ def test_attention_backends_everything_hidden(backend, monkeypatch):
     assert (results["lse"] == NEGATIVE_INFINITY).all()
 
 
+@each_dtype
+@every_attention
+def test_attention_backends_everything_hidden_after_other_work(backend, dtype, monkeypatch):
+    """Memory that an earlier call left behind has no say, in whole blocks of keys that a strip does not see."""
+    backend.serve(monkeypatch)
+    hidden = Case(39, 39, heads=9, kv_heads=3, dim=64, mask="bqk").operands(dtype)
+    hidden.extras.mask.fill_(False)
+    backend.need(hidden)
+    before = Case(39, 39, heads=9, kv_heads=3, dim=64).operands(dtype)
+    before.value[:] = float("nan")
+    for _ in range(3):
+        backend.run(before)
+        results = backend.run(hidden)
+        assert not any(results[name].any() for name in GRADIENTS[:3])
+
+
 # ------------------------------------------------------------------------------------ NaN and infinity
 
 HIDING = table(

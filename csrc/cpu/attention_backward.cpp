@@ -249,7 +249,9 @@ class Backward {
       });
       const bool sees_block = runs == 1 && seen[s].size() == meeting.keys.size();
       if (!sees_block || rows.size() < STRIP<T>) clear_strip(own, s);
-      each_run([&](Span keys) { run_strip(meeting, s, rows, keys); });
+      each_run([&](Span keys) {
+        if (!run_strip(meeting, s, rows, keys) && sees_block) clear_strip(own, s);
+      });
     }
     for (int64_t key = meeting.keys.begin; key < meeting.keys.end; key += KeySums<T>::TILE) {
       const Span tile{key, std::min(key + KeySums<T>::TILE, meeting.keys.end)};
@@ -300,21 +302,23 @@ class Backward {
     std::memset(own.memory + own.at.score_grads + first, 0, count * sizeof(float));
   }
 
-  void run_strip(const Meeting& meeting, int64_t s, Span rows, Span keys) const {
+  // Returns whether any query sees any key; else nothing is written.
+  bool run_strip(const Meeting& meeting, int64_t s, Span rows, Span keys) const {
     const Thread& own = meeting.own;
-    const int64_t count = rows.size(), width = whole_panels(keys.size());
+    const int64_t count = rows.size(), width = columns_of<T>(keys.size());
     const int64_t offset = keys.begin - meeting.keys.begin;
     uint8_t* const visible = reinterpret_cast<uint8_t*>(own.memory + own.at.visible);
     const Parts parts{keys, meeting.sight.seen_whole(rows, keys)};
-    if (!parts.look(meeting.sight, meeting.head, rows, visible)) return;
+    if (!parts.look(meeting.sight, meeting.head, rows, visible)) return false;
     float* const scores = own.memory + own.at.scores;
     float* const probability_grads = own.memory + own.at.probability_grads;
     const auto multiply = [&](int64_t left, int64_t right, int64_t elements, float* products) {
       const int64_t steps = steps_of<T>(elements), panel_floats = row_panel_floats<T>(elements);
       for (int64_t k = 0; k < width; k += PANEL)
         multiply_scores<T>(
-            count, {own.memory + left + s * strip_floats<T>(elements),
-                    own.memory + right + (offset + k) / PANEL * panel_floats, steps, products + k, nullptr});
+            count, width - k,
+            {own.memory + left + s * strip_floats<T>(elements),
+             own.memory + right + (offset + k) / PANEL * panel_floats, steps, products + k, nullptr});
     };
     multiply(own.at.queries, own.at.keys, shape_.head_dim, scores);
     multiply(own.at.out_grads, own.at.values, shape_.value_dim, probability_grads);
@@ -342,6 +346,7 @@ class Backward {
              steps_of<T>(keys.size()), meeting.query_sums + rows.begin * head_pitch() + panel * PANEL,
              head_pitch(), nullptr, false});
     }
+    return true;
   }
 
   // Where a row's scores begin: which row of the strip's buffers, where in it, and where in the chunk's.
@@ -363,7 +368,7 @@ class Backward {
     const Vec factor = broadcast(rule_.factor()), rescale = broadcast(dropout_.rescale());
     const Vec shift = sub(zero(), broadcast(own.memory[own.at.exponents + query]));
     const Vec delta = broadcast(own.memory[own.at.deltas + query]);
-    for (int64_t k = 0; k < whole_panels(keys.size()); k += LANES) {
+    for (int64_t k = 0; k < columns_of<T>(keys.size()); k += LANES) {
       Vec x = load(scores + k), tanh_of_it = zero();
       if (plain) {
         x = fma(x, factor, shift);

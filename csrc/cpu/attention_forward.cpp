@@ -166,13 +166,14 @@ class Forward {
     parts.each([&](Span part, bool is_whole) {
       const bool ready = is_whole && finds_largest;
       for (int64_t key = part.begin; key < part.end; key += PANEL)
-        multiply_scores<T>(count, {queries, chunk.keys + key / PANEL * panel_floats, query_steps_,
-                                   work.scores + key - keys.begin, ready ? work.maxima : nullptr});
+        multiply_scores<T>(count, part.end - key,
+                           {queries, chunk.keys + key / PANEL * panel_floats, query_steps_,
+                            work.scores + key - keys.begin, ready ? work.maxima : nullptr});
       if (!ready)
         for (int64_t r = 0; r < count; ++r)
           change_row(chunk, rows.begin + r, r, part, part.begin - keys.begin, is_whole, plain);
     });
-    const int64_t width = whole_panels(keys.size());
+    const int64_t width = columns_of<T>(keys.size());
     update_exponents(work, state, plain);
     for (int64_t r = 0; r < count; ++r) exponentiate_row(chunk, rows.begin + r, r, keys, width, state, plain);
 
@@ -192,7 +193,7 @@ class Forward {
     const uint8_t* const visible = work.visible + r * KEY_BLOCK + column;
     const auto biases = rule_.biases(chunk.batch, chunk.head, query, keys.begin);
     Vec largest = load(work.maxima + r * LANES);
-    for (int64_t k = 0; k < whole_panels(keys.size()); k += LANES) {
+    for (int64_t k = 0; k < columns_of<T>(keys.size()); k += LANES) {
       Vec x = load(scores + k);
       if (!plain) {
         const Vec tanh_of_it = args_.scores.softcap != 0 ? rule_.capped(x) : x;

@@ -109,7 +109,12 @@ struct Parts {
   }
 };
 
-inline int64_t whole_panels(int64_t keys) { return (keys + PANEL - 1) / PANEL * PANEL; }
+// The columns of a buffer of scores that so many keys are given: whole vectors, in tile registers whole panels.
+template <class T>
+int64_t columns_of(int64_t keys) {
+  constexpr int64_t together = IN_TILES<T> ? PANEL : LANES;
+  return (keys + together - 1) / together * together;
+}
 
 // The keep-mask of dropout: word j % 4 of Philox at counter (j / 4, i, b * H + h).
 class Dropout {

@@ -37,18 +37,18 @@ ALWAYS_INLINE void multiply(const float* left, const float* right, int64_t steps
   }
 }
 
-template <class S, int R>
+template <class S, int R, int V>
 __attribute__((noinline)) void score_rows(const ScoreTile& tile) {
-  Vec scores[R][2];
+  Vec scores[R][V];
   multiply<S, 1, LANES>(tile.queries, tile.keys, tile.steps, scores);
   unrolled<R>([&](auto row) INLINED {
-    store(tile.scores + row * KEY_PITCH, scores[row][0]);
-    store(tile.scores + row * KEY_PITCH + LANES, scores[row][1]);
+    unrolled<V>([&](auto column)
+                    INLINED { store(tile.scores + row * KEY_PITCH + column * LANES, scores[row][column]); });
   });
   if (float* const maxima = tile.maxima)
     unrolled<R>([&](auto row) INLINED {
-      const Vec both = larger(scores[row][0], scores[row][1]);
-      store(maxima + row * LANES, larger(load(maxima + row * LANES), both));
+      const Vec largest = larger(scores[row][0], scores[row][V - 1]);
+      store(maxima + row * LANES, larger(load(maxima + row * LANES), largest));
     });
 }
 
@@ -80,11 +80,11 @@ void sum_by_rows(int64_t rows, int64_t columns, const SumTile& tile) {
 }  // namespace
 
 template <class T>
-void multiply_scores(int64_t rows, const ScoreTile& tile) {
+void multiply_scores(int64_t rows, int64_t columns, const ScoreTile& tile) {
   static constexpr auto BY_ROWS = []<int... R>(std::integer_sequence<int, R...>) {
-    return std::array{&score_rows<Step<T>, R + 1>...};
+    return std::array{&score_rows<Step<T>, R + 1, 1>..., &score_rows<Step<T>, R + 1, 2>...};
   }(std::make_integer_sequence<int, ROWS>{});
-  BY_ROWS[rows - 1](tile);
+  BY_ROWS[rows - 1 + (columns > LANES ? ROWS : 0)](tile);
 }
 
 template <class T>
@@ -97,9 +97,9 @@ void multiply_sums_across(int64_t rows, int64_t columns, const SumTile& tile) {
   sum_by_rows<Step<T>, 1, KEY_PITCH>(rows, columns, tile);
 }
 
-#define PYARCH_ATTENTION_TILES(T)                                   \
-  template void multiply_scores<T>(int64_t, const ScoreTile&);      \
-  template void multiply_sums<T>(int64_t, int64_t, const SumTile&); \
+#define PYARCH_ATTENTION_TILES(T)                                       \
+  template void multiply_scores<T>(int64_t, int64_t, const ScoreTile&); \
+  template void multiply_sums<T>(int64_t, int64_t, const SumTile&);     \
   template void multiply_sums_across<T>(int64_t, int64_t, const SumTile&);
 PYARCH_ATTENTION_TILES(float)
 PYARCH_ATTENTION_TILES(float16)

@@ -38,7 +38,7 @@ constexpr int64_t steps_of(int64_t elements) {
   return (steps + together - 1) / together * together;
 }
 
-// scores[r * KEY_PITCH + c] = sum over steps. `maxima`, LANES floats a row, become the largest score yet in each lane;
+// scores[r * KEY_PITCH + c] = sum over steps, for whole vectors of the `columns` of PANEL that there are. `maxima`, LANES floats a row, become the largest score yet in each lane;
 // they may be null, and in tile registers must.
 struct ScoreTile {
   const float* queries;  // packed by pack_strip
@@ -48,7 +48,7 @@ struct ScoreTile {
   float* maxima;
 };
 template <class T>
-void multiply_scores(int64_t rows, const ScoreTile& tile);
+void multiply_scores(int64_t rows, int64_t columns, const ScoreTile& tile);
 
 // sums[r * pitch + c] = (sums * factors[r]) + sum over steps. In tile registers a whole strip of sums is written.
 struct SumTile {

@@ -49,7 +49,7 @@ __attribute__((noinline)) void multiply_into(const float* left, int64_t left_byt
 }  // namespace
 
 template <>
-void multiply_scores<bfloat16>(int64_t, const ScoreTile& tile) {
+void multiply_scores<bfloat16>(int64_t, int64_t, const ScoreTile& tile) {
   multiply_into(tile.queries, tile.steps * int64_t(sizeof(float)), tile.keys, PANEL_BYTES, tile.steps,
                 tile.scores, KEY_PITCH, true);
 }

@@ -84,12 +84,13 @@ class Weights {
   // Adds one head's probabilities.
   void add_head(const Sight& sight, int64_t b, int64_t h, Span rows, Span keys, const float* panels,
                 const float* queries, Work& work, float* weights) const {
-    const int64_t width = whole_panels(keys.size()), steps = steps_of<T>(shape_.head_dim);
+    const int64_t width = columns_of<T>(keys.size()), steps = steps_of<T>(shape_.head_dim);
     const int64_t panel_floats = row_panel_floats<T>(shape_.head_dim);
     const bool all = sight.sees_all(rows, keys), plain = rule_.is_plain();
     for (int64_t k = 0; k < width; k += PANEL)
-      multiply_scores<T>(rows.size(), {queries, panels + (keys.begin + k) / PANEL * panel_floats, steps,
-                                       work.scores + k, nullptr});
+      multiply_scores<T>(
+          rows.size(), width - k,
+          {queries, panels + (keys.begin + k) / PANEL * panel_floats, steps, work.scores + k, nullptr});
     const Vec share = broadcast(dropout_.rescale() / float(args_.mean ? shape_.heads : 1));
     for (int64_t r = 0; r < rows.size(); ++r) {
       const int64_t query = rows.begin + r;
