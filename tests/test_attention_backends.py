@@ -214,7 +214,7 @@ def test_attention_backends_everything_hidden(backend, monkeypatch):
 @each_dtype
 @every_attention
 def test_attention_backends_everything_hidden_after_other_work(backend, dtype, monkeypatch):
-    """Memory that an earlier call left behind has no say, in whole blocks of keys that a strip does not see."""
+    """Memory that an earlier call left behind has no say in blocks of keys that a strip does not see."""
     backend.serve(monkeypatch)
     hidden = Case(39, 39, heads=9, kv_heads=3, dim=64, mask="bqk").operands(dtype)
     hidden.extras.mask.fill_(False)
