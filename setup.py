@@ -1,4 +1,4 @@
-"""Builds the optional CPU libraries: one shared library per instruction set, all from csrc/cpu.
+"""Builds the optional CPU libraries: one shared library per instruction set, from csrc/cpu.
 
 The libraries use torch's stable ABI and no Python API, so one binary serves many versions of both; the
 package loads them with ``torch.ops.load_library``. All else about the distribution is in pyproject.toml.
@@ -34,6 +34,9 @@ LIBRARIES = {
     "_cpu_avx512_bf16": AVX512_BF16,
     "_cpu_amx": f"{AVX512_BF16} -mamx-tile -mamx-bf16",
 }
+# What a library holds whose instruction set adds something to a few sources only; pyarch/native.py knows who
+# serves the rest. The others hold all.
+ADDS = {"_cpu_amx": ("attention*.cpp", "gemm_pack.cpp")}
 # Hidden, symbolic, not unique: no inline function of one instruction set may serve another's library.
 COMPILE_FLAGS = "-O3 -g0 -std=c++20 -fno-math-errno -fno-wrapv -fvisibility=hidden -fno-gnu-unique"
 # GCC 12 warns thousands of times of the deliberately undefined vectors in its own headers.
@@ -84,13 +87,17 @@ def is_newer(made: Path, sources: list[str]) -> bool:
 
 
 def libraries() -> list[Extension]:
-    """The table above as extensions, all of the same sources."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.h"))
+    """The tables above as extensions."""
+
+    def files(*patterns: str) -> list[str]:
+        found = (path for pattern in patterns for path in (ROOT / "csrc" / "cpu").glob(pattern))
+        return sorted(str(path.relative_to(ROOT)) for path in found)
+
+    headers = files("*.h")
     return [
         Extension(
             f"pyarch.{name}",
-            sources=sources,
+            sources=files(*ADDS.get(name, ("*.cpp",))),
             depends=[*headers, "setup.py"],
             define_macros=[
                 ("PYARCH_NAMESPACE", f"pyarch{name}"),

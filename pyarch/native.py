@@ -16,6 +16,8 @@ from pyarch import hardware
 
 _FOLDER = Path(__file__).parent
 _VARIABLE = "PYARCH_CPU_ISA"
+# A library that holds only what its instruction set adds, and the one that serves the rest.
+_ADDS_TO = {"amx": "avx512_bf16"}
 BUILD = "build it with: PYARCH_BUILD_EXT=1 pip install -e . --no-build-isolation"
 
 
@@ -29,6 +31,8 @@ def load(instruction_set: str) -> str | None:
     """Load one library; return None when it serves, else what is wrong and how to mend it."""
     if instruction_set not in hardware.supported_instruction_sets():
         return f"instruction set {instruction_set}, this CPU lacks it"
+    if instruction_set in _ADDS_TO and (problem := load(_ADDS_TO[instruction_set])) is not None:
+        return problem
     path = library_path(instruction_set)
     if not path.exists():
         return f"C++ CPU extension for {instruction_set} not built, {BUILD}"
@@ -63,11 +67,27 @@ def loaded() -> dict[str, str]:
     return {name: load(name) or "loaded" for name in hardware.CPU_INSTRUCTION_SETS}
 
 
+class Operators:
+    """The native operators of one instruction set, as attributes."""
+
+    def __init__(self, instruction_set: str) -> None:
+        sets = instruction_set, *filter(None, [_ADDS_TO.get(instruction_set)])
+        self._namespaces = [getattr(torch.ops, f"pyarch_cpu_{name}") for name in sets]
+        self.name = self._namespaces[0].name
+
+    def __getattr__(self, name: str):
+        for namespace in self._namespaces:
+            if hasattr(namespace, name):
+                setattr(self, name, getattr(namespace, name))
+                return vars(self)[name]
+        raise AttributeError(f"{self.name} has no operator {name}")
+
+
 @cache
-def operators(instruction_set: str | None = None):
-    """The operator namespace of one instruction set, by default of the serving one."""
+def operators(instruction_set: str | None = None) -> Operators:
+    """The operators of one instruction set, by default of the serving one."""
     name = instruction_set or serving()[0]
     problem = load(name) if name else serving()[1]
     if problem:
         raise NotImplementedError(problem)
-    return getattr(torch.ops, f"pyarch_cpu_{name}")
+    return Operators(name)
