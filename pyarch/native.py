@@ -17,7 +17,7 @@ from pyarch import hardware
 _FOLDER = Path(__file__).parent
 _VARIABLE = "PYARCH_CPU_ISA"
 # A library that holds only what its instruction set adds, and the one that serves the rest.
-_ADDS_TO = {"amx": "avx512_bf16"}
+ADDS_TO = {"amx": "avx512_bf16"}
 BUILD = "build it with: PYARCH_BUILD_EXT=1 pip install -e . --no-build-isolation"
 
 
@@ -31,7 +31,7 @@ def load(instruction_set: str) -> str | None:
     """Load one library; return None when it serves, else what is wrong and how to mend it."""
     if instruction_set not in hardware.supported_instruction_sets():
         return f"instruction set {instruction_set}, this CPU lacks it"
-    if instruction_set in _ADDS_TO and (problem := load(_ADDS_TO[instruction_set])) is not None:
+    if instruction_set in ADDS_TO and (problem := load(ADDS_TO[instruction_set])) is not None:
         return problem
     path = library_path(instruction_set)
     if not path.exists():
@@ -71,7 +71,7 @@ class Operators:
     """The native operators of one instruction set, as attributes."""
 
     def __init__(self, instruction_set: str) -> None:
-        sets = instruction_set, *filter(None, [_ADDS_TO.get(instruction_set)])
+        sets = instruction_set, *filter(None, [ADDS_TO.get(instruction_set)])
         self._namespaces = [getattr(torch.ops, f"pyarch_cpu_{name}") for name in sets]
         self.name = self._namespaces[0].name
 

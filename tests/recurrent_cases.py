@@ -255,7 +255,8 @@ class Layers(Kernels):
         return dict(zip((*OUTPUTS, *RESIDUALS), results, strict=True)) | gradients
 
 
-NATIVE = [Layers("cpu", name) for name in hardware.CPU_INSTRUCTION_SETS]
+# Each with kernels of its own: what adds to another for attention alone would run those twice.
+NATIVE = [Layers("cpu", name) for name in hardware.CPU_INSTRUCTION_SETS if name not in native.ADDS_TO]
 EVERY_LAYERS = [*NATIVE, Layers("torch"), Layers("reference")]
 every_layers = pytest.mark.parametrize("backend", EVERY_LAYERS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
