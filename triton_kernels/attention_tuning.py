@@ -10,18 +10,24 @@ compile audit alone.
 """
 
 import functools
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+from . import tables
+
 KERNELS = ("forward", "weights", "backward_dkdv", "backward_dq", "backward_bias")
 PRODUCTS = ("16", "tf32", "ieee")
 SCORES = ("plain", "changed", "any")
-WORDS = {"kernel": KERNELS, "product": PRODUCTS, "scores": SCORES}
-NUMBERS = ("width_up_to", "block_m", "block_n", "num_warps", "num_stages")
-POWERS = ("block_m", "block_n", "num_warps")
+KINDS = {
+    "kernel": tables.one_of(KERNELS),
+    "product": tables.one_of(PRODUCTS),
+    "scores": tables.one_of(SCORES),
+    "width_up_to": tables.POSITIVE,
+    "block_m": tables.POWER_OF_TWO,
+    "block_n": tables.POWER_OF_TWO,
+    "num_warps": tables.POWER_OF_TWO,
+    "num_stages": tables.POSITIVE,
+}
 
 
 @dataclass(frozen=True)
@@ -69,37 +75,7 @@ def key_of(row: dict[str, Any]) -> tuple[str, str]:
 def check_table(table: Any, source: str) -> None:
     """Raise ValueError, naming the place, where a table does not have the shape that `tuning` reads."""
 
-    def need(holds: bool, place: str, what: str) -> None:
-        if not holds:
-            raise ValueError(f"{source}: {place}: needs {what}")
-
-    need(isinstance(table, dict) and table.get("schema") == SCHEMA, "schema", str(SCHEMA))
-    architectures = table.get("architectures")
-    need(
-        isinstance(architectures, dict) and "default" in architectures,
-        "architectures",
-        'an object with "default"',
-    )
-    for name, entry in architectures.items():
-        need(isinstance(entry, dict), name, "an object")
-        measured = "measured_on" in entry and isinstance(entry["measured_on"], str | None)
-        need(measured, f"{name}.measured_on", "a device name or null")
-        need(isinstance(entry.get("rows"), list), f"{name}.rows", "a list")
-        for number, row in enumerate(entry["rows"]):
-            place = f"{name}.rows[{number}]"
-            need(
-                isinstance(row, dict) and set(row) == {*WORDS, *NUMBERS},
-                place,
-                f"exactly {[*WORDS, *NUMBERS]}",
-            )
-            for key, words in WORDS.items():
-                need(row[key] in words, f"{place}.{key}", f"one of {words}, not {row[key]!r}")
-            for key in NUMBERS:
-                positive = isinstance(row[key], int) and row[key] > 0
-                need(positive, f"{place}.{key}", f"a positive integer, not {row[key]!r}")
-            for key in POWERS:
-                power = row[key] & (row[key] - 1) == 0
-                need(power, f"{place}.{key}", f"a power of two, not {row[key]!r}")
+    tables.check(table, source, KINDS)
 
 
 @functools.cache
@@ -109,11 +85,4 @@ def tuning(architecture: str) -> Tuning:
     Raises:
         ValueError: the table does not have the expected shape.
     """
-    path = Path(__file__).parent / "configs" / "attention.json"
-    table = json.loads(path.read_text(encoding="utf-8"))
-    check_table(table, path.name)
-    default = table["architectures"]["default"]
-    own = table["architectures"].get(architecture, default)
-    taken = {key_of(row) for row in own["rows"]}
-    inherited = [row for row in default["rows"] if key_of(row) not in taken]
-    return Tuning((*own["rows"], *inherited))
+    return Tuning(tables.rows_of(tables.read("attention", check_table), architecture, key_of))

@@ -11,16 +11,15 @@ directions. xg, starts, lengths, output, gates, cells and dpre are those of recu
 """
 
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import gcd
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import tables
 from .launch import Launch
 from .recurrent_barrier import EXPIRED, recurrent_expiry_kernel
 from .recurrent_persistent_backward import PARTS, recurrent_persistent_backward_kernel
@@ -28,10 +27,18 @@ from .recurrent_persistent_forward import recurrent_persistent_forward_kernel
 from .recurrent_plan import MODES, Layer
 from .tuning import architecture_of
 
-SCHEMA = 1
-KEYS = {"kernel": ("forward", "backward"), "cell": ("gated", "rnn"), "product": ("16", "tf32", "ieee")}
-POWERS = ("block_b", "units", "block_k", "num_warps")
-NUMBERS = ("hidden_up_to", "resident", "ahead")
+KINDS = {
+    "kernel": tables.one_of(("forward", "backward")),
+    "cell": tables.one_of(("gated", "rnn")),
+    "product": tables.one_of(("16", "tf32", "ieee")),
+    "block_b": tables.POWER_OF_TWO,
+    "units": tables.POWER_OF_TWO,
+    "block_k": tables.POWER_OF_TWO,
+    "num_warps": tables.POWER_OF_TWO,
+    "hidden_up_to": tables.COUNT,
+    "resident": tables.COUNT,
+    "ahead": tables.COUNT,
+}
 
 # Looks at a counter before a wait expires. A look takes half a microsecond, so this is some seconds.
 SPIN_LIMIT = 1 << 22
@@ -76,31 +83,7 @@ class Table:
 def check_table(table: Any, source: str) -> None:
     """Raise ValueError, naming the place, where a table does not have the shape that `table_of` reads."""
 
-    def need(holds: bool, place: str, what: str) -> None:
-        if not holds:
-            raise ValueError(f"{source}: {place}: needs {what}")
-
-    need(isinstance(table, dict) and table.get("schema") == SCHEMA, "schema", str(SCHEMA))
-    architectures = table.get("architectures")
-    holds = isinstance(architectures, dict) and "default" in architectures
-    need(holds, "architectures", 'an object with "default"')
-    for name, entry in architectures.items():
-        need(isinstance(entry, dict), name, "an object")
-        proven = "proven_on" in entry and isinstance(entry["proven_on"], str | None)
-        need(proven, f"{name}.proven_on", "a device name or null")
-        need(isinstance(entry.get("rows"), list), f"{name}.rows", "a list")
-        for number, row in enumerate(entry["rows"]):
-            place = f"{name}.rows[{number}]"
-            names = [*KEYS, *POWERS, *NUMBERS]
-            need(isinstance(row, dict) and set(row) == set(names), place, f"exactly {names}")
-            for key, choices in KEYS.items():
-                need(row[key] in choices, f"{place}.{key}", f"one of {choices}, not {row[key]!r}")
-            for key in (*POWERS, *NUMBERS):
-                count = isinstance(row[key], int) and row[key] >= 0
-                need(count, f"{place}.{key}", f"a number, not {row[key]!r}")
-            for key in POWERS:
-                power = row[key] > 0 and row[key] & (row[key] - 1) == 0
-                need(power, f"{place}.{key}", f"a power of two, not {row[key]!r}")
+    tables.check(table, source, KINDS, "proven_on")
 
 
 @functools.cache
@@ -110,11 +93,8 @@ def table_of(architecture: str) -> Table:
     Raises:
         ValueError: the table does not have the expected shape.
     """
-    path = Path(__file__).parent / "configs" / "recurrent_persistent.json"
-    table = json.loads(path.read_text(encoding="utf-8"))
-    check_table(table, path.name)
-    default = table["architectures"]["default"]
-    own = table["architectures"].get(architecture, default)
+    architectures = tables.read("recurrent_persistent", check_table)
+    own = architectures.get(architecture, architectures["default"])
     return Table(own["proven_on"], tuple(own["rows"]))
 
 

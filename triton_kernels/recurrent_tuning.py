@@ -8,24 +8,24 @@ audit alone.
 """
 
 import functools
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+from . import tables
+
 KERNELS = ("resident_forward", "resident_backward", "step_forward", "step_backward")
 CELLS = ("lstm", "gru", "rnn")
 PRODUCTS = ("16", "tf32", "ieee", "none")
-WORDS = {"kernel": KERNELS, "cell": CELLS, "product": PRODUCTS}
-NUMBERS = {
-    "hidden_up_to": int | None,
-    "block_b": int,
-    "num_warps": int,
-    "stages": int,
-    "max_registers": int | None,
+KINDS = {
+    "kernel": tables.one_of(KERNELS),
+    "cell": tables.one_of(CELLS),
+    "product": tables.one_of(PRODUCTS),
+    "hidden_up_to": tables.of_type(int | None),
+    "block_b": tables.POWER_OF_TWO,
+    "num_warps": tables.POWER_OF_TWO,
+    "stages": tables.of_type(int),
+    "max_registers": tables.of_type(int | None),
 }
-POWERS = ("block_b", "num_warps")
 
 
 @dataclass(frozen=True)
@@ -66,36 +66,7 @@ def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
 def check_table(table: Any, source: str) -> None:
     """Raise ValueError, naming the place, where a table does not have the shape that `tuning` reads."""
 
-    def need(holds: bool, place: str, what: str) -> None:
-        if not holds:
-            raise ValueError(f"{source}: {place}: needs {what}")
-
-    need(isinstance(table, dict) and table.get("schema") == SCHEMA, "schema", str(SCHEMA))
-    architectures = table.get("architectures")
-    need(
-        isinstance(architectures, dict) and "default" in architectures,
-        "architectures",
-        'an object with "default"',
-    )
-    for name, entry in architectures.items():
-        need(isinstance(entry, dict), name, "an object")
-        measured = "measured_on" in entry and isinstance(entry["measured_on"], str | None)
-        need(measured, f"{name}.measured_on", "a device name or null")
-        need(isinstance(entry.get("rows"), list), f"{name}.rows", "a list")
-        for number, row in enumerate(entry["rows"]):
-            place = f"{name}.rows[{number}]"
-            need(
-                isinstance(row, dict) and set(row) == {*WORDS, *NUMBERS},
-                place,
-                f"exactly {[*WORDS, *NUMBERS]}",
-            )
-            for key, words in WORDS.items():
-                need(row[key] in words, f"{place}.{key}", f"one of {words}, not {row[key]!r}")
-            for key, kind in NUMBERS.items():
-                need(isinstance(row[key], kind), f"{place}.{key}", f"{kind}, not {row[key]!r}")
-            for key in POWERS:
-                power = row[key] > 0 and row[key] & (row[key] - 1) == 0
-                need(power, f"{place}.{key}", f"a power of two, not {row[key]!r}")
+    tables.check(table, source, KINDS)
 
 
 @functools.cache
@@ -105,11 +76,4 @@ def tuning(architecture: str) -> Tuning:
     Raises:
         ValueError: the table does not have the expected shape.
     """
-    path = Path(__file__).parent / "configs" / "recurrent.json"
-    table = json.loads(path.read_text(encoding="utf-8"))
-    check_table(table, path.name)
-    default = table["architectures"]["default"]
-    own = table["architectures"].get(architecture, default)
-    taken = {key_of(row) for row in own["rows"]}
-    inherited = [row for row in default["rows"] if key_of(row) not in taken]
-    return Tuning((*own["rows"], *inherited))
+    return Tuning(tables.rows_of(tables.read("recurrent", check_table), architecture, key_of))

@@ -6,19 +6,29 @@ the rows and is null while they are derived on paper and checked by the compile 
 """
 
 import functools
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-SCHEMA = 1
+from . import tables
+
 LAYOUTS = ("channels_first", "channels_last")
-KEYS = {"kernel": str, "layout": str, "bits": int, "taps_up_to": int | None}
-POWERS = ("lanes", "channels", "columns", "group", "num_warps")
-NUMBERS = {"num_stages": int, "max_registers": int | None}
-TILES = (*POWERS, *NUMBERS)
+KINDS = {
+    "kernel": tables.of_type(str),
+    "layout": tables.one_of(LAYOUTS),
+    "bits": tables.of_type(int),
+    "taps_up_to": tables.of_type(int | None),
+}
+TILE_KINDS = {
+    "lanes": tables.POWER_OF_TWO,
+    "channels": tables.POWER_OF_TWO,
+    "columns": tables.POWER_OF_TWO,
+    "group": tables.POWER_OF_TWO,
+    "num_warps": tables.POWER_OF_TWO,
+    "num_stages": tables.of_type(int),
+    "max_registers": tables.of_type(int | None),
+}
 
 
 @dataclass(frozen=True)
@@ -52,46 +62,19 @@ class Tuning:
             if (row["kernel"], row["layout"], row["bits"]) == (kernel, layout, bits) and (
                 up_to is None or taps <= up_to
             ):
-                return Tile(**{name: row[name] for name in TILES})
+                return Tile(**{name: row[name] for name in TILE_KINDS})
         raise KeyError(f"no tile for kernel={kernel} layout={layout} bits={bits} taps={taps}")
 
 
 def check_table(table: Any, source: str) -> None:
     """Raise ValueError, naming the place, where a table does not have the shape that `tuning` reads."""
 
-    def need(holds: bool, place: str, what: str) -> None:
-        if not holds:
-            raise ValueError(f"{source}: {place}: needs {what}")
-
-    need(isinstance(table, dict) and table.get("schema") == SCHEMA, "schema", str(SCHEMA))
-    architectures = table.get("architectures")
-    need(
-        isinstance(architectures, dict) and "default" in architectures,
-        "architectures",
-        'an object with "default"',
-    )
-    for name, entry in architectures.items():
-        need(isinstance(entry, dict), name, "an object")
-        need("measured_on" in entry, f"{name}.measured_on", "a device name or null")
-        need(isinstance(entry.get("rows"), list), f"{name}.rows", "a list")
-        for number, row in enumerate(entry["rows"]):
-            place = f"{name}.rows[{number}]"
-            need(isinstance(row, dict) and set(row) == {*KEYS, *TILES}, place, f"exactly {[*KEYS, *TILES]}")
-            for key, kind in (KEYS | NUMBERS).items():
-                need(isinstance(row[key], kind), f"{place}.{key}", f"{kind}, not {row[key]!r}")
-            need(row["layout"] in LAYOUTS, f"{place}.layout", f"one of {LAYOUTS}")
-            for key in POWERS:
-                value = row[key]
-                power = isinstance(value, int) and value > 0 and value & (value - 1) == 0
-                need(power, f"{place}.{key}", f"a power of two, not {value!r}")
-    default = architectures["default"]
-    need(isinstance(default.get("programs"), int), "default.programs", "an integer")
+    tables.check(table, source, KINDS | TILE_KINDS)
+    default = table["architectures"]["default"]
+    tables.need(isinstance(default.get("programs"), int), source, "default.programs", "an integer")
     fused = default.get("fused_taps")
-    need(
-        isinstance(fused, dict) and set(fused) == set(LAYOUTS),
-        "default.fused_taps",
-        f"one number for each of {LAYOUTS}",
-    )
+    each_layout = isinstance(fused, dict) and set(fused) == set(LAYOUTS)
+    tables.need(each_layout, source, "default.fused_taps", f"one number for each of {LAYOUTS}")
 
 
 @functools.cache
@@ -101,11 +84,9 @@ def tuning(operator: str, architecture: str) -> Tuning:
     Raises:
         ValueError: the table does not have the expected shape.
     """
-    path = Path(__file__).parent / "configs" / f"{operator}.json"
-    table = json.loads(path.read_text(encoding="utf-8"))
-    check_table(table, path.name)
-    default = table["architectures"]["default"]
-    own = table["architectures"].get(architecture, default)
+    architectures = tables.read(operator, check_table)
+    default = architectures["default"]
+    own = architectures.get(architecture, default)
     return Tuning(
         programs=own.get("programs", default["programs"]),
         fused_taps=own.get("fused_taps", default["fused_taps"]),
