@@ -38,6 +38,7 @@ def call(
         (call(96, 56, 7), False),
         (call(96, 56, 3, stride=2), True),
         (call(96, 56, 3, stride=2)._replace(dtype=torch.bfloat16), False),
+        (call(96, 56, 3, channels_last=True)._replace(dtype=torch.float16), False),
         (call(96, 14, 7), True),
         (call(16, 14, 7), False),
         (call(96, 7, 3, channels_last=True)._replace(input_shape=(1, 96, 7, 7)), False),

@@ -19,7 +19,7 @@ from pyarch.ops import attention_torch
 from pyarch.ops.attention_autograd import forward_of, run_tracked, run_tracked_weights, weights_of
 from pyarch.ops.attention_call import BACKWARD, FORWARD, WEIGHTS, AttentionCall, describe, misfit
 from pyarch.ops.kernel_refusals import KERNEL_DTYPES
-from pyarch.ops.plain_calls import is_ordinary, is_plain, under_transform, without_autocast
+from pyarch.ops.plain_calls import Decisions, is_ordinary, is_plain, under_transform, without_autocast
 from pyarch.reference import attention as reference
 from pyarch.reference.attention import Extras, Settings, visible
 
@@ -107,11 +107,7 @@ def run(
             raise ValueError(f"return_weights must be None, 'mean' or 'heads', got {return_weights!r}")
         if not compiling and under_transform():
             return _differentiable(query, key, value, extras, settings, return_weights, return_lse)
-        known = _decide(query, key, value, extras, settings, return_weights, backend)
-        if like is not None:
-            if len(_decided) >= _MOST_REMEMBERED:
-                _decided.clear()
-            _decided[like] = known
+        known = _decided.remember(like, _decide(query, key, value, extras, settings, return_weights, backend))
     kernel, weights_kernel, save = known
     if compiling:
         query, key, value = _each_once(query, key, value)
@@ -151,9 +147,7 @@ def _likeness(query, key, value, extras, settings, return_weights, backend) -> t
     return settings, backend, torch.is_grad_enabled(), return_weights, kinds
 
 
-# Decisions for calls that were checked and found good; a check of a small call takes as long as its kernel.
-_decided: dict[tuple, tuple] = {}
-_MOST_REMEMBERED = 4096
+_decided = Decisions()
 _KIND = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 

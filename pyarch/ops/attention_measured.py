@@ -11,18 +11,17 @@ from typing import NamedTuple
 
 import torch
 
-NO_LIMIT = float("inf")
-ANY = (0, NO_LIMIT)
+from pyarch.ops.measured import ANY, Bounds, within
 
 
 class Slower(NamedTuple):
     """A region of calls, each bound inclusive, and how our speed compares there. None matches everything."""
 
     speed: str
-    queries: tuple[float, float] = ANY
-    keys: tuple[float, float] = ANY
-    head_dim: tuple[float, float] = ANY
-    multiply_adds: tuple[float, float] = ANY  # of one product of queries and keys, over batch and heads
+    queries: Bounds = ANY
+    keys: Bounds = ANY
+    head_dim: Bounds = ANY
+    multiply_adds: Bounds = ANY  # of one product of queries and keys, over batch and heads
     training: bool | None = None
     dtype: torch.dtype | None = None
     architecture: str | None = None
@@ -47,10 +46,10 @@ def forward_concessions(call) -> Iterator[str]:
     multiply_adds = call.batch * call.heads * call.queries * call.keys * call.head_dim
     for region in SLOWER:
         if (
-            _within(call.queries, region.queries)
-            and _within(call.keys, region.keys)
-            and _within(call.head_dim, region.head_dim)
-            and _within(multiply_adds, region.multiply_adds)
+            within(call.queries, region.queries)
+            and within(call.keys, region.keys)
+            and within(call.head_dim, region.head_dim)
+            and within(multiply_adds, region.multiply_adds)
             and region.training in (None, call.save)
             and region.dtype in (None, call.dtype)
             and region.architecture in (None, call.architecture)
@@ -60,7 +59,3 @@ def forward_concessions(call) -> Iterator[str]:
                 f"{call.heads} heads: measured {region.speed}, see benchmarks/results"
             )
             return
-
-
-def _within(value: float, bounds: tuple[float, float]) -> bool:
-    return bounds[0] <= value <= bounds[1]

@@ -12,6 +12,22 @@ from torch.nn import Parameter
 from pyarch.dispatch import is_recorded
 
 _PLAIN = frozenset((Tensor, Parameter))
+_MOST_REMEMBERED = 4096
+
+
+class Decisions(dict):
+    """Decisions for calls that were checked and found good, by what like calls have in common.
+
+    A check of a small call takes as long as its kernel.
+    """
+
+    def remember(self, like: tuple | None, decided: tuple) -> tuple:
+        """Keep a decision unless `like` is None, emptied first when full; return it."""
+        if like is not None:
+            if len(self) >= _MOST_REMEMBERED:
+                self.clear()
+            self[like] = decided
+        return decided
 
 
 def is_plain(tensors: Iterable[Tensor]) -> bool:

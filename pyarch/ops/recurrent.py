@@ -19,7 +19,7 @@ from torch.nn.functional import dropout as drop
 
 from pyarch.dispatch import Op, Verdict, settled_backend
 from pyarch.ops.kernel_refusals import KERNEL_DTYPES
-from pyarch.ops.plain_calls import is_ordinary, is_plain, under_transform
+from pyarch.ops.plain_calls import Decisions, is_ordinary, is_plain, under_transform
 from pyarch.ops.recurrent_call import (
     BACKWARD,
     FORWARD,
@@ -104,7 +104,7 @@ def run(
         kernels = [None] * num_layers
         if is_plain(tensors):
             kernels = _choose_kernels(mode, tensors[0], layers, batch_sizes, saves, backend)
-        known = _remember(like, (kernels, saves))
+        known = _decided.remember(like, (kernels, saves))
     kernels, saves = known
     if all(kernel is not None and kernel.name == "torch" for kernel in kernels):
         return stock()
@@ -169,17 +169,7 @@ def _likeness(tensors: tuple[Tensor, ...], mode: str, backend: str, *others) -> 
     return mode, settled_backend(backend), torch.is_grad_enabled(), *others, *map(_KIND, tensors)
 
 
-def _remember(like: tuple | None, decided: tuple) -> tuple:
-    if like is not None:
-        if len(_decided) >= _MOST_REMEMBERED:
-            _decided.clear()
-        _decided[like] = decided
-    return decided
-
-
-# Decisions for calls that were checked and found good; a check of a small layer takes as long as its kernel.
-_decided: dict[tuple, tuple] = {}
-_MOST_REMEMBERED = 4096
+_decided = Decisions()
 _KIND = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 
@@ -222,7 +212,7 @@ def run_cell(
         kernel = None
         if is_plain(tensors):
             kernel = FORWARD.choose(describe(mode, step, states[0], own, None, save, cell=True), backend)
-        known = _remember(like, (kernel, save))
+        known = _decided.remember(like, (kernel, save))
     kernel, save = known
     if kernel is not None and kernel.name == "torch":
         return run_stock_cell(mode, input, hx, weights)

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-NO_LIMIT = float("inf")
-ANY = (0, NO_LIMIT)
+from pyarch.ops.measured import ANY, NO_LIMIT, Bounds, within
 
 
 class Slower(NamedTuple):
@@ -22,10 +21,10 @@ class Slower(NamedTuple):
     speed: str
     cell: bool
     modes: tuple[str, ...]
-    steps: tuple[float, float] = ANY
-    batch: tuple[float, float] = ANY
-    hidden_size: tuple[float, float] = ANY
-    multiply_adds: tuple[float, float] = ANY  # of a step
+    steps: Bounds = ANY
+    batch: Bounds = ANY
+    hidden_size: Bounds = ANY
+    multiply_adds: Bounds = ANY  # of a step
     packed: bool | None = None
     training: bool | None = None
     dtype: torch.dtype | None = None
@@ -79,10 +78,10 @@ def forward_concessions(call) -> Iterator[str]:
             call.cell == region.cell
             and call.mode in region.modes
             and not call.proj_size
-            and _within(call.steps, region.steps)
-            and _within(call.batch, region.batch)
-            and _within(call.hidden_size, region.hidden_size)
-            and _within(multiply_adds, region.multiply_adds)
+            and within(call.steps, region.steps)
+            and within(call.batch, region.batch)
+            and within(call.hidden_size, region.hidden_size)
+            and within(multiply_adds, region.multiply_adds)
             and region.packed in (None, call.packed)
             and region.training in (None, call.save)
             and region.dtype in (None, call.dtype)
@@ -93,7 +92,3 @@ def forward_concessions(call) -> Iterator[str]:
                 f"measured {region.speed}, see benchmarks/results"
             )
             return
-
-
-def _within(value: float, bounds: tuple[float, float]) -> bool:
-    return bounds[0] <= value <= bounds[1]
