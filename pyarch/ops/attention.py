@@ -1,7 +1,8 @@
 """Attention on four-dimensional tensors: autocast, checks, the choice of a backend.
 
 float32, 16-bit and float64 calls become one operator, whose backward is chosen on its own and which can be
-differentiated twice. Forward-mode and functorch transforms run on the differentiable reference.
+differentiated twice. What `auto` leaves to torch on a CPU is torch's own function and autograd, whose fused
+kernel cannot. Forward-mode and functorch transforms run on the differentiable reference.
 
 The public function is in attention_functions.py.
 """
@@ -18,6 +19,7 @@ from pyarch.dispatch import Verdict, settled_backend
 from pyarch.ops import attention_torch
 from pyarch.ops.attention_autograd import forward_of, run_tracked, run_tracked_weights, weights_of
 from pyarch.ops.attention_call import BACKWARD, FORWARD, WEIGHTS, AttentionCall, describe, misfit
+from pyarch.ops.attention_measured import forward_concessions
 from pyarch.ops.kernel_refusals import KERNEL_DTYPES
 from pyarch.ops.plain_calls import Decisions, is_ordinary, is_plain, under_transform, without_autocast
 from pyarch.reference import attention as reference
@@ -108,14 +110,14 @@ def run(
         if not compiling and under_transform():
             return _differentiable(query, key, value, extras, settings, return_weights, return_lse)
         known = _decided.remember(like, _decide(query, key, value, extras, settings, return_weights, backend))
-    kernel, weights_kernel, save = known
+    kernel, weights_kernel, save, by_torch = known
     if compiling:
         query, key, value = _each_once(query, key, value)
+    if by_torch and return_weights is None and not return_lse:
+        return without_autocast(attention_torch.attend, query.device, query, key, value, extras, settings)
     if save:
         given = () if extras is NO_EXTRAS else extras
         out, lse = run_tracked(kernel, settings, backend, query, key, value, *given)
-    elif return_weights is None and not return_lse and kernel is not None and kernel.name == "torch":
-        return without_autocast(attention_torch.attend, query.device, query, key, value, extras, settings)
     else:
         out, lse = forward_of(kernel, query, key, value, extras, settings, False, backend)
     if return_weights is None:
@@ -152,16 +154,22 @@ _KIND = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 
 def _decide(query, key, value, extras, settings, return_weights, backend) -> tuple:
-    """The kernels of out and weights, None where the opaque operator chooses; whether a backward may come."""
+    """How to run a call.
+
+    The kernels of out and weights, None where the opaque operator chooses; whether a backward may come;
+    whether out alone is torch's function, with torch's autograd where a backward may come.
+    """
     differentiable = query, key, value, extras.bias, extras.sinks
     save = torch.is_grad_enabled() and any(each.requires_grad for each in differentiable if each is not None)
     present = [each for each in (query, key, value, *extras) if each is not None]
     if not is_plain(present) or query.device.type == "meta":
-        return None, None, save
+        return None, None, save, False
     bias_grad = save and extras.bias is not None and extras.bias.requires_grad
     call = describe(query, key, value, extras, settings, save, bias_grad)
     kernel = FORWARD.choose(call, backend)
-    return kernel, WEIGHTS.choose(call, backend) if return_weights is not None else None, save
+    weights_kernel = WEIGHTS.choose(call, backend) if return_weights is not None else None
+    conceded = backend == "auto" and any(forward_concessions(call))
+    return kernel, weights_kernel, save, kernel.name == "torch" and (conceded or not save)
 
 
 def _differentiable(query, key, value, extras, settings, return_weights, return_lse):

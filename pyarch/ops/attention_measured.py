@@ -27,11 +27,12 @@ class Slower(NamedTuple):
     architecture: str | None = None
 
 
-# Small calls without gradients, where our way from Python takes longer than the attention. Where a backward
-# follows float32 loses as much there, but a call left to torch could not be differentiated twice.
+# Small calls, where our way from Python takes longer than the attention.
 SLOWER = (
     Slower("over 43 shapes 0.54x of torch", ANY, ANY, ANY, (0, 3e6), False, torch.float32, "amx"),
     Slower("over 48 shapes 0.64x of torch", ANY, ANY, ANY, (0, 7e6), False, torch.bfloat16, "amx"),
+    Slower("over 50 shapes 0.60x of torch", ANY, ANY, ANY, (0, 7e6), True, torch.float32, "amx"),
+    Slower("over 18 shapes 0.47x of torch", ANY, ANY, ANY, (0, 3e4), True, torch.bfloat16, "amx"),
 )
 
 
