@@ -223,15 +223,21 @@ def test_attention_opcheck_of_torchs_route(dtype):
 @cases(SOME)
 @each_backend
 def test_attention_operators_are_the_straight_call(backend, case):
-    """The opaque operators give, bit by bit, what a plain eager call gives without them."""
+    """The opaque operators give, bit by bit, what a plain eager call gives without them.
+
+    But for a mean of the weights on the CPU: a plain call makes it beside out, the operator from lse.
+    """
     operands = case.operands(torch.float32)
     options = *operands.extras, *operands.settings
     out, lse = FORWARD_OP(*operands[:3], *options, True, backend)
     given = dict(return_lse=True, return_weights="mean", backend=backend)
     expected = attention.attend(*operands[:5], **given)
     weights = WEIGHTS_OP(*operands[:2], lse, *options, True, backend)
-    for mine, theirs in zip((out, weights, lse), expected, strict=True):
-        assert torch.equal(mine, theirs)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[2])
+    if backend == "cpu":
+        torch.testing.assert_close(weights, expected[1], rtol=1e-5, atol=1e-7)
+    else:
+        assert torch.equal(weights, expected[1])
 
 
 class Watch(TorchDispatchMode):

@@ -81,8 +81,9 @@ struct AttentionForward {
   AttentionPattern pattern;
   AttentionScores<T> scores;
   Heads<const T> query, key, value;
-  Heads<T> out;  // rows of neighbouring elements
-  float* lse;    // (B, H, Tq), natural logarithm
+  Heads<T> out;               // rows of neighbouring elements
+  float* lse;                 // (B, H, Tq), natural logarithm
+  T* mean_weights = nullptr;  // (B, Tq, Tk), what the values are weighed with, averaged over heads; or none
 };
 
 // Gradients that nobody needs are null. Every row of query_grad, key_grad and value_grad has neighbouring elements.

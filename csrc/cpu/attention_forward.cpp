@@ -7,6 +7,9 @@
 //
 // Where there are enough heads each thread takes whole ones, so that what it packs stays in its cache. Where there are
 // few, all are packed first and their chunks of queries shared out.
+//
+// A mean of the probabilities over heads takes what a head's chunk leaves behind, p of each block and its m', once l and
+// the last m are known: p 2^(m' - m) / (l H). A chunk then goes through all heads, and is short where keys are many.
 #include <cmath>
 #include <cstring>
 
@@ -26,6 +29,22 @@ struct StripState {
   bool fresh;                 // nothing seen yet
 };
 
+// What the probabilities of a strip in a block of keys were taken relative to.
+struct Meeting {
+  Span rows, keys;
+  float shifts[LANES];
+};
+
+// The probabilities of a chunk of queries: of one head as they were made, and their mean over heads.
+struct Averages {
+  int64_t first;  // query
+  int64_t pitch;  // of a row, a float for each key
+  float *made, *mean;
+  std::vector<Meeting> meetings = {};
+
+  int64_t row(int64_t query) const { return (query - first) * pitch; }
+};
+
 template <class T>
 class Forward {
   using S = Step<T>;
@@ -37,14 +56,16 @@ class Forward {
         rule_{args.scores},
         dropout_(args.scores.dropout, args.scores.seed),
         units_(shape_.batch * shape_.kv_heads),
-        chunks_(ceil_div(shape_.queries, CHUNK<T>)),
         key_floats_(row_panels_floats<T>(shape_.keys, shape_.head_dim)),
         value_floats_(column_panels_floats<T>(shape_.keys, shape_.value_dim)),
         value_panels_(ceil_div(shape_.value_dim, PANEL)),
         query_steps_(steps_of<T>(shape_.head_dim)),
         clears_(clears_keys(shape_, args.pattern)),
-        tasks_(attention_work(shape_), threads) {
-    whole_units_ = tasks_.share_evenly(units_);
+        tasks_(attention_work(shape_), threads),
+        weights_pitch_(ceil_div(shape_.keys, PANEL) * PANEL),
+        chunk_rows_(args.mean_weights ? averaged_rows() : CHUNK<T>),
+        chunks_(ceil_div(shape_.queries, chunk_rows_)) {
+    whole_units_ = !args.mean_weights && tasks_.share_evenly(units_);
   }
 
   void run(const GiveScratch& give, const ParallelFor& parallel) {
@@ -56,9 +77,12 @@ class Forward {
         aligned(int64_t(sizeof(Work))) +
         aligned(CHUNK_STRIPS<T> * strip_floats<T>(shape_.head_dim) * int64_t(sizeof(float))) +
         aligned(CHUNK<T> * value_pitch() * int64_t(sizeof(float)));
-    char* const memory =
-        static_cast<char*>(give(packed * packed_bytes + copies * copy_bytes + tasks_.threads() * work_bytes));
+    const int64_t averages_bytes =
+        args_.mean_weights ? 2 * chunk_rows_ * weights_pitch_ * int64_t(sizeof(float)) : 0;
+    char* const memory = static_cast<char*>(
+        give(packed * packed_bytes + copies * copy_bytes + tasks_.threads() * (work_bytes + averages_bytes)));
     char* const works = memory + packed * packed_bytes + copies * copy_bytes;
+    char* const averages = works + tasks_.threads() * work_bytes;
     const auto panels = [&](int64_t i) { return reinterpret_cast<float*>(memory + i * packed_bytes); };
     const auto copy = [&](int64_t i) {
       return reinterpret_cast<T*>(memory + packed * packed_bytes + i * copy_bytes);
@@ -69,6 +93,13 @@ class Forward {
         pack_unit(task / 2, task % 2 == 0, task % 2 == 1, panels(task / 2),
                   clears_ ? copy(task / 2) : nullptr);
       });
+    if (args_.mean_weights) {
+      tasks_.template each<T>(shape_.batch * chunks_, parallel, [&](int64_t task, int64_t thread) {
+        average_chunk(task / chunks_, task % chunks_, panels, works + thread * work_bytes,
+                      reinterpret_cast<float*>(averages + thread * averages_bytes));
+      });
+      return;
+    }
     const int64_t chunks = shape_.group() * chunks_;
     tasks_.template each<T>(
         whole_units_ ? units_ : units_ * chunks, parallel, [&](int64_t task, int64_t thread) {
@@ -79,7 +110,7 @@ class Forward {
           const int64_t begin = whole_units_ ? 0 : task % chunks, end = whole_units_ ? chunks : begin + 1;
           for (int64_t chunk = begin; chunk < end; ++chunk)
             run_chunk(sight, unit, chunk / chunks_, chunk % chunks_, panels(place),
-                      works + thread * work_bytes);
+                      works + thread * work_bytes, nullptr);
         });
   }
 
@@ -100,6 +131,7 @@ class Forward {
     const float *keys, *values;
     Work& work;
     float *queries, *sums;  // packed strips; CHUNK_ROWS x value_pitch
+    Averages* averages;     // or null
   };
 
   int64_t value_pitch() const { return value_panels_ * PANEL; }
@@ -118,11 +150,39 @@ class Forward {
     if (values) pack_column_panels(value, shape_.keys, panels + key_floats_);
   }
 
+  // Queries that leave every thread some, and their probabilities in its cache.
+  int64_t averaged_rows() const {
+    const int64_t rows = std::min(AVERAGED_FLOATS / std::max<int64_t>(weights_pitch_, 1),
+                                  shape_.batch * shape_.queries / (4 * tasks_.threads()));
+    return std::clamp(rows / STRIP<T>, int64_t(1), CHUNK_STRIPS<T>) * STRIP<T>;
+  }
+
+  Span chunk_of(int64_t index) const {
+    return {shape_.queries * index / chunks_, shape_.queries * (index + 1) / chunks_};
+  }
+
+  template <class Panels>
+  void average_chunk(int64_t b, int64_t index, const Panels& panels, char* memory, float* floats) const {
+    const Sight sight(shape_, args_.pattern, b);
+    const Span rows = chunk_of(index);
+    const int64_t count = chunk_rows_ * weights_pitch_;
+    Averages averages{rows.begin, weights_pitch_, floats, floats + count};
+    std::fill_n(averages.mean, rows.size() * weights_pitch_, 0.0f);
+    for (int64_t h = 0; h < shape_.heads; ++h) {
+      const int64_t unit = b * shape_.kv_heads + h / shape_.group();
+      averages.meetings.clear();
+      run_chunk(sight, unit, h % shape_.group(), index, panels(unit), memory, &averages);
+    }
+    for (int64_t query = rows.begin; query < rows.end; ++query)
+      write_row(args_.mean_weights + (b * shape_.queries + query) * shape_.keys,
+                averages.mean + averages.row(query), shape_.keys, broadcast(1.0f));
+  }
+
   void run_chunk(const Sight& sight, int64_t unit, int64_t head_of_group, int64_t index, const float* panels,
-                 char* memory) const {
+                 char* memory, Averages* averages) const {
     const int64_t b = unit / shape_.kv_heads;
     const int64_t h = unit % shape_.kv_heads * shape_.group() + head_of_group;
-    const Span rows{shape_.queries * index / chunks_, shape_.queries * (index + 1) / chunks_};
+    const Span rows = chunk_of(index);
     const int64_t strips = ceil_div(rows.size(), STRIP<T>);
     const auto strip_rows = [&](int64_t s) {
       return Span{rows.begin + rows.size() * s / strips, rows.begin + rows.size() * (s + 1) / strips};
@@ -132,7 +192,7 @@ class Forward {
     const int64_t query_floats = strip_floats<T>(shape_.head_dim);
     float* const sums = queries + CHUNK_STRIPS<T> * query_floats;
     const auto strip_sums = [&](int64_t s) { return sums + s * STRIP<T> * value_pitch(); };
-    const Chunk chunk{sight, b, h, panels, panels + key_floats_, work, queries, sums};
+    const Chunk chunk{sight, b, h, panels, panels + key_floats_, work, queries, sums, averages};
 
     const Rows<T> query = Rows<T>::of(args_.query, b, h, shape_.head_dim);
     for (int64_t s = 0; s < strips; ++s) {
@@ -176,6 +236,10 @@ class Forward {
     const int64_t width = columns_of<T>(keys.size());
     update_exponents(work, state, plain);
     for (int64_t r = 0; r < count; ++r) exponentiate_row(chunk, rows.begin + r, r, keys, width, state, plain);
+    if (chunk.averages) {
+      Meeting& meeting = chunk.averages->meetings.emplace_back(Meeting{rows, keys, {}});
+      std::copy_n(work.shifts, LANES, meeting.shifts);
+    }
 
     const int64_t steps = steps_of<T>(keys.size()), first = keys.begin / S::ELEMENTS * PANEL;
     for (int64_t panel = 0; panel < value_panels_; ++panel)
@@ -229,11 +293,14 @@ class Forward {
     const Vec shift = sub(zero(), broadcast(work.shifts[r]));
     if (dropout_.drops()) dropout_.keep(chunk.batch * shape_.heads + chunk.head, query, keys, work.kept);
     const bool drops = dropout_.drops();
+    float* const made =
+        chunk.averages ? chunk.averages->made + chunk.averages->row(query) + keys.begin : nullptr;
     Vec total = mul(load(state.sums + r * LANES), broadcast(work.factors[r]));
     for (int64_t k = 0; k < width; k += LANES) {
       Vec p = power_of_two(fma(load(scores + k), factor, shift));
       total = add(total, p);
       if (drops) p = where(work.kept + k, p, zero());
+      if (made) store(made + k, p);
       store_probability(scores, k, p);
     }
     store(state.sums + r * LANES, total);
@@ -263,24 +330,41 @@ class Forward {
       args_.lse[(chunk.batch * shape_.heads + chunk.head) * shape_.queries + rows.begin + r] = lse;
       T* const out = args_.out.at(chunk.batch, chunk.head) + (rows.begin + r) * args_.out.row_stride;
       const bool none = total == 0 || state.fresh;
+      const float share = none ? 0 : factor / total * dropout_.rescale();
       if (none)
         std::fill(out, out + shape_.value_dim, T{});
       else
-        write_row(out, sums + r * value_pitch(), shape_.value_dim,
-                  broadcast(factor / total * dropout_.rescale()));
+        write_row(out, sums + r * value_pitch(), shape_.value_dim, broadcast(share));
+      if (chunk.averages && !none)
+        add_to_mean(*chunk.averages, rows, r, std::max(state.exponents[r], LOWEST), share / shape_.heads);
+    }
+  }
+
+  // Adds a row's probabilities, which `share` makes whole where they were taken relative to `exponent`.
+  static void add_to_mean(const Averages& averages, Span rows, int64_t r, float exponent, float share) {
+    const int64_t row = averages.row(rows.begin + r);
+    for (const Meeting& meeting : averages.meetings) {
+      if (meeting.rows.begin != rows.begin) continue;
+      const Vec scale = broadcast(std::exp2(meeting.shifts[r] - exponent) * share);
+      const float* const made = averages.made + row + meeting.keys.begin;
+      float* const mean = averages.mean + row + meeting.keys.begin;
+      for (int64_t k = 0; k < meeting.keys.size(); k += LANES)
+        store(mean + k, fma(load(made + k), scale, load(mean + k)));
     }
   }
 
   // Stands in for minus infinity where a row has seen nothing, so that no difference is NaN.
   static constexpr float LOWEST = -1e30f;
+  static constexpr int64_t AVERAGED_FLOATS = 64 * 1024;
 
   const AttentionForward<T>& args_;
   const AttentionShape shape_;
   const ScoreRule<T> rule_;
   const Dropout dropout_;
-  const int64_t units_, chunks_, key_floats_, value_floats_, value_panels_, query_steps_;
+  const int64_t units_, key_floats_, value_floats_, value_panels_, query_steps_;
   const bool clears_;
   const Tasks tasks_;
+  const int64_t weights_pitch_, chunk_rows_, chunks_;
   bool whole_units_;
 };
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyarch.dispatch import Verdict, settled_backend
-from pyarch.ops import attention_torch
+from pyarch.ops import attention_cpu, attention_torch
 from pyarch.ops.attention_autograd import forward_of, run_tracked, run_tracked_weights, weights_of
 from pyarch.ops.attention_call import BACKWARD, FORWARD, WEIGHTS, AttentionCall, describe, misfit
 from pyarch.ops.attention_measured import forward_concessions
@@ -115,6 +115,8 @@ def run(
         query, key, value = _each_once(query, key, value)
     if by_torch and return_weights is None and not return_lse:
         return without_autocast(attention_torch.attend, query.device, query, key, value, extras, settings)
+    if return_weights == "mean" and kernel is not None and kernel.name == weights_kernel.name == "cpu":
+        kernel, weights_kernel = attention_cpu.out_and_mean()
     if save:
         given = () if extras is NO_EXTRAS else extras
         out, lse = run_tracked(kernel, settings, backend, query, key, value, *given)

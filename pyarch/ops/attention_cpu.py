@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,39 @@ def forward(
     lse = torch.empty(query.shape[:3], dtype=torch.float32)
     native.operators().attention_forward(out, lse, query, key, value, *_options(extras, settings))
     return out, lse
+
+
+def forward_and_mean(
+    query: Tensor, key: Tensor, value: Tensor, extras: Extras, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`, and the mean over heads of `weights`, (B, Tq, Tk), in one go and not in two."""
+    made = torch.empty((query.shape[0], query.shape[2], key.shape[2]), dtype=query.dtype)
+    if settings.dropout_p >= 1 or not query.shape[1]:
+        return *forward(query, key, value, extras, settings), made.zero_()
+    out = empty_output(query, value.shape[3])
+    lse = torch.empty(query.shape[:3], dtype=torch.float32)
+    native.operators().attention_forward_and_mean(
+        out, lse, made, query, key, value, *_options(extras, settings)
+    )
+    return out, lse, made
+
+
+class Kernel(NamedTuple):
+    """What stands for a backend's function where a call has one of its own."""
+
+    run: Callable
+
+
+def out_and_mean() -> tuple[Kernel, Kernel]:
+    """A call's `forward`, which makes its mean weights too, and `weights`, which hands them over once."""
+    kept = []
+
+    def run(*arguments) -> tuple[Tensor, Tensor]:
+        out, lse, mean = forward_and_mean(*arguments)
+        kept.append(mean)
+        return out, lse
+
+    return Kernel(run), Kernel(lambda *arguments: kept.pop())
 
 
 def backward(
