@@ -20,7 +20,7 @@
 namespace pyarch {
 namespace {
 
-int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }
 
 // What a strip knows between two blocks.
 struct StripState {
@@ -62,7 +62,7 @@ class Forward {
         query_steps_(steps_of<T>(shape_.head_dim)),
         clears_(clears_keys(shape_, args.pattern)),
         tasks_(attention_work(shape_), threads),
-        weights_pitch_(ceil_div(shape_.keys, PANEL) * PANEL),
+        weights_pitch_(round_up(shape_.keys, PANEL)),
         chunk_rows_(args.mean_weights ? averaged_rows() : CHUNK<T>),
         chunks_(ceil_div(shape_.queries, chunk_rows_)) {
     whole_units_ = !args.mean_weights && tasks_.share_evenly(units_);

@@ -110,8 +110,6 @@ class KeySums {
   }
 
  private:
-  static int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-
   const int64_t keys_, columns_;
 };
 

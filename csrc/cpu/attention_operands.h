@@ -11,8 +11,6 @@
 
 namespace pyarch {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The rows of one head, of any strides.
 template <class T>
 struct Rows {

@@ -18,13 +18,11 @@ ALWAYS_INLINE Vec where(const uint8_t* bytes, Vec yes, Vec no) {
   const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
   return _mm512_mask_blend_ps(_mm_test_epi8_mask(loaded, loaded), no, yes);
 }
-ALWAYS_INLINE Vec larger_of(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 #else
 ALWAYS_INLINE Vec where(const uint8_t* bytes, Vec yes, Vec no) {
   const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
   return _mm256_blendv_ps(yes, no, _mm256_castsi256_ps(_mm256_cmpeq_epi32(lanes, _mm256_setzero_si256())));
 }
-ALWAYS_INLINE Vec larger_of(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 #endif
 
 // LANES values of a row that may be broadcast or strided, widened; those from `count` on are zero.
@@ -113,7 +111,7 @@ struct Parts {
 template <class T>
 int64_t columns_of(int64_t keys) {
   constexpr int64_t together = IN_TILES<T> ? PANEL : LANES;
-  return (keys + together - 1) / together * together;
+  return round_up(keys, together);
 }
 
 // The keep-mask of dropout: word j % 4 of Philox at counter (j / 4, i, b * H + h).

@@ -9,7 +9,7 @@ Sight::Sight(const AttentionShape& shape, const AttentionPattern& pattern, int64
     : shape_(shape), pattern_(pattern), batch_(batch) {
   lattice_ = pattern.dilation != 1;
   windowed_ = lattice_ || pattern.left < UNBOUNDED || pattern.right < UNBOUNDED;
-  const int64_t panels = (shape.keys + PANEL - 1) / PANEL;
+  const int64_t panels = ceil_div(shape.keys, PANEL);
   if (pattern.padding.data) {
     hidden_.resize(shape.keys);
     hidden_before_.assign(panels + 1, 0);
@@ -60,7 +60,7 @@ bool Sight::hides(int64_t panel, bool all) const {
 Span Sight::seen_whole(Span queries, Span keys) const {
   const Span none{keys.begin, keys.begin};
   if (pattern_.mask.data || lattice_) return none;
-  int64_t first = (std::max(near(queries.end - 1).begin, keys.begin) + PANEL - 1) / PANEL;
+  int64_t first = ceil_div(std::max(near(queries.end - 1).begin, keys.begin), PANEL);
   int64_t end = std::min(near(queries.begin).end, keys.end) / PANEL;
   while (first < end && hides(end - 1, false)) --end;
   while (first < end && hides(first, false)) ++first;
@@ -71,7 +71,7 @@ Span Sight::seen_whole(Span queries, Span keys) const {
 
 bool Sight::look(int64_t head, int64_t query, Span keys, uint8_t* visible) const {
   const int64_t count = keys.size(), p = position(query);
-  std::memset(visible, 0, (count + PANEL - 1) / PANEL * PANEL);
+  std::memset(visible, 0, round_up(count, PANEL));
   if (!globals_before_.empty() && is_global(p)) {
     std::memset(visible, 1, count);
   } else {

@@ -78,14 +78,14 @@ void Sight::each_block(Span queries, Span among, Body&& body) const {
     for (int64_t query = queries.begin; query < queries.end; ++query)
       if (is_global(position(query))) hull = {0, latest};
   }
-  hull = {hull.begin / PANEL, hull.begin < hull.end ? (hull.end + PANEL - 1) / PANEL : hull.begin / PANEL};
+  hull = {hull.begin / PANEL, hull.begin < hull.end ? ceil_div(hull.end, PANEL) : hull.begin / PANEL};
   const auto visit_globals = [&](int64_t from, int64_t to) {
     for (const int64_t panel : global_panels_)
       if (panel >= from && panel < to && panel * PANEL < latest) visit(panel);
   };
   visit_globals(0, hull.begin);
   const int64_t first = std::max(hull.begin, among.begin / PANEL);
-  const int64_t end = std::min(hull.end, (among.end + PANEL - 1) / PANEL);
+  const int64_t end = std::min(hull.end, ceil_div(among.end, PANEL));
   for (int64_t panel = first; panel < end; ++panel) visit(panel);
   visit_globals(std::max(hull.begin, hull.end), UNBOUNDED);
   if (run.size()) body(run);

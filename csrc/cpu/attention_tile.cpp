@@ -8,14 +8,6 @@
 namespace pyarch {
 namespace {
 
-ALWAYS_INLINE Vec larger(Vec a, Vec b) {
-#if defined(__AVX512F__)
-  return _mm512_max_ps(a, b);
-#else
-  return _mm256_max_ps(a, b);
-#endif
-}
-
 template <class S, int64_t ROW, int64_t STEP, int R, int V>
 ALWAYS_INLINE void multiply(const float* left, const float* right, int64_t steps, Vec (&sums)[R][V]) {
   unrolled<R>([&](auto row)
@@ -47,8 +39,8 @@ __attribute__((noinline)) void score_rows(const ScoreTile& tile) {
   });
   if (float* const maxima = tile.maxima)
     unrolled<R>([&](auto row) INLINED {
-      const Vec largest = larger(scores[row][0], scores[row][V - 1]);
-      store(maxima + row * LANES, larger(load(maxima + row * LANES), largest));
+      const Vec largest = larger_of(scores[row][0], scores[row][V - 1]);
+      store(maxima + row * LANES, larger_of(load(maxima + row * LANES), largest));
     });
 }
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "gemm_tile.h"
+#include "integers.h"
 
 namespace pyarch {
 
@@ -34,12 +35,11 @@ static_assert(KEY_BLOCK % ROWS == 0 && KEY_BLOCK % PANEL == 0);
 template <class T>
 constexpr int64_t steps_of(int64_t elements) {
   constexpr int64_t together = IN_TILES<T> ? 16 : 1;
-  const int64_t steps = (elements + Step<T>::ELEMENTS - 1) / Step<T>::ELEMENTS;
-  return (steps + together - 1) / together * together;
+  return round_up(ceil_div(elements, Step<T>::ELEMENTS), together);
 }
 
-// scores[r * KEY_PITCH + c] = sum over steps, for whole vectors of the `columns` of PANEL that there are. `maxima`, LANES floats a row, become the largest score yet in each lane;
-// they may be null, and in tile registers must.
+// scores[r * KEY_PITCH + c] = sum over steps, for whole vectors of the `columns` of PANEL that there are. `maxima`,
+// LANES floats a row, become the largest score yet in each lane; they may be null, and in tile registers must.
 struct ScoreTile {
   const float* queries;  // packed by pack_strip
   const float* keys;     // packed: PANEL keys a step

@@ -17,7 +17,7 @@ class Weights {
         shape_(args.shape),
         rule_{args.scores},
         dropout_(args.scores.dropout, args.scores.seed),
-        key_floats_(row_panels_floats<T>(shape_.keys, shape_.head_dim)),
+        key_floats_(round_up(row_panels_floats<T>(shape_.keys, shape_.head_dim), LINE_FLOATS)),
         strip_floats_(strip_floats<T>(shape_.head_dim)),
         tasks_(attention_work(shape_), threads) {}
 
@@ -28,8 +28,8 @@ class Weights {
     const int64_t chunk_strips =
         std::clamp<int64_t>(shape_.batch * strips / (4 * tasks_.threads()), 1, CHUNK_STRIPS<T>);
     const int64_t weight_floats = chunk_strips * STRIP<T> * KEY_PITCH;
-    const int64_t work_floats =
-        int64_t(sizeof(Work) / sizeof(float)) + weight_floats + shape_.heads * chunk_strips * strip_floats_;
+    const int64_t query_floats = round_up(shape_.heads * chunk_strips * strip_floats_, LINE_FLOATS);
+    const int64_t work_floats = int64_t(sizeof(Work) / sizeof(float)) + weight_floats + query_floats;
     float* const keys = static_cast<float*>(
         give((units * key_floats_ + tasks_.threads() * work_floats) * int64_t(sizeof(float))));
     float* const works = keys + units * key_floats_;
@@ -48,6 +48,8 @@ class Weights {
   }
 
  private:
+  static constexpr int64_t LINE_FLOATS = 16;  // of a cache line
+
   struct alignas(64) Work {
     float scores[STRIP<T> * KEY_PITCH];
     uint8_t visible[KEY_BLOCK], kept[Dropout::BYTES];
@@ -122,13 +124,7 @@ class Weights {
     for (int64_t r = 0; r < rows.size(); ++r) {
       T* const row =
           args_.weights + ((b * heads + h) * shape_.queries + rows.begin + r) * shape_.keys + keys.begin;
-      for (int64_t k = 0; k < keys.size(); k += LANES) {
-        const Vec value = load(weights + r * KEY_PITCH + k);
-        if (keys.size() - k >= LANES)
-          store(row + k, value);
-        else
-          store(row + k, value, first_lanes(keys.size() - k));
-      }
+      write_row(row, weights + r * KEY_PITCH, keys.size(), broadcast(1.0f));
     }
   }
 

@@ -8,12 +8,9 @@
 
 #include "conv.h"
 #include "conv_tile.h"
+#include "integers.h"
 
 namespace pyarch {
-
-inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A box of places, in depth, height, width.
 struct Box {

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "gemm_tile.h"
+#include "integers.h"
 
 namespace pyarch {
 namespace {
@@ -20,8 +21,6 @@ constexpr int64_t LEAST_BLOCK_BYTES = 32 * 1024;  // but so much always
 constexpr int64_t SUMS_BYTES = 1024 * 1024;       // of sums that wait for the next stretch
 constexpr int64_t TASK_PRODUCTS = 256 * 1024;     // multiply-adds that are worth a thread
 constexpr int64_t ALIGNMENT = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One of `parts` nearly equal parts of [0, total).
 struct Part {

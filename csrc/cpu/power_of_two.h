@@ -16,7 +16,7 @@ ALWAYS_INLINE Vec power_of_two(Vec x) {
 #if defined(__AVX512F__)
   const Vec n = round_to_integer(x), r = sub(x, n);
 #else
-  const Vec n = round_to_integer(_mm256_max_ps(broadcast(SMALLEST_EXPONENT), x)), r = sub(x, n);
+  const Vec n = round_to_integer(larger_of(broadcast(SMALLEST_EXPONENT), x)), r = sub(x, n);
 #endif
   Vec power = broadcast(1.327647174e-3f);
   for (float coefficient : {9.675541540e-3f, 5.550713276e-2f, 2.402211972e-1f, 6.931469671e-1f, 1.000000072f})

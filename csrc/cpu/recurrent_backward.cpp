@@ -96,7 +96,7 @@ class BackwardPass {
   int64_t lay_out(void* scratch) {
     Arena arena(scratch);
     const int64_t B = shape_.batch, H = shape_.hidden, P = shape_.projected, I = shape_.input_size;
-    chunk_steps_ = std::clamp<int64_t>(ceil_divide(chunk_rows(H), std::max<int64_t>(1, B)), 1, shape_.steps);
+    chunk_steps_ = std::clamp<int64_t>(ceil_div(chunk_rows(H), std::max<int64_t>(1, B)), 1, shape_.steps);
     const int64_t N = std::min(shape_.rows, chunk_steps_ * B), GH = gate_units();
     depth_ = Packed<Cell>::padded_depth(gate_units());
     width_ = panel_width(plan_.most_rows, product_units(plan_.shards[0]));

@@ -136,7 +136,7 @@ class ForwardPass {
   // Tasks are gates of a shard, LANES units at a time.
   void pack(const ParallelFor& parallel) {
     const int64_t P = shape_.projected, G = shape_.gates();
-    const int64_t blocks = ceil_divide(shape_.hidden, LANES);
+    const int64_t blocks = ceil_div(shape_.hidden, LANES);
     const auto body = [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t d = task / (G * blocks), gate = task / blocks % G, unit = task % blocks * LANES;

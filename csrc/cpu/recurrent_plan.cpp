@@ -39,7 +39,7 @@ Plan plan_shards(const RecurrentShape& shape, const Steps& steps, int threads) {
   plan.parts = shape.has_projection ? 1 : free_threads / plan.tiles;
   plan.parts = std::clamp<int64_t>(plan.parts, 1,
                                    1 + step_work / plan.tiles / (plan.packs ? WORTH_WAITING : WORTH_WAKING));
-  plan.parts = std::min(plan.parts, ceil_divide(shape.hidden, UNIT_GRAIN));
+  plan.parts = std::min(plan.parts, ceil_div(shape.hidden, UNIT_GRAIN));
 
   // Tiles end where the sequences before make up their share of all rows.
   std::vector<int64_t> ends;
@@ -54,7 +54,7 @@ Plan plan_shards(const RecurrentShape& shape, const Steps& steps, int threads) {
     for (int64_t tile = 0; tile < plan.tiles; ++tile) {
       const int64_t row_begin = tile ? ends[tile - 1] : 0, team = int64_t(plan.shards.size());
       plan.most_rows = std::max(plan.most_rows, ends[tile] - row_begin);
-      const int64_t grains = ceil_divide(shape.hidden, UNIT_GRAIN);
+      const int64_t grains = ceil_div(shape.hidden, UNIT_GRAIN);
       for (int64_t part = 0; part < plan.parts; ++part) {
         const auto edge = [&](int64_t p) {
           return std::min(shape.hidden, grains * p / plan.parts * UNIT_GRAIN);

@@ -130,7 +130,7 @@ template <class T, class Operand>
 void pack_rows_as_columns(Operand* cells, int width, int64_t depth, int64_t at, const T* source,
                           int64_t stride, int64_t count) {
   constexpr int64_t CELL = PER_CELL<Operand>;
-  const int64_t panel_columns = int64_t(width) * LANES, depth_cells = ceil_divide(depth, CELL);
+  const int64_t panel_columns = int64_t(width) * LANES, depth_cells = ceil_div(depth, CELL);
   for (int64_t first = 0; first < count; first += LANES) {
     const int64_t column = at + first, rows = std::min<int64_t>(LANES, count - first);
     const int64_t panel = column / panel_columns, within = column % panel_columns;

@@ -12,6 +12,7 @@
 #include <iterator>
 #include <type_traits>
 
+#include "integers.h"
 #include "vec.h"
 
 namespace pyarch {
@@ -28,9 +29,6 @@ using operand_of = float;
 // Steps of the depth a 32-bit cell.
 template <class Operand>
 constexpr int64_t PER_CELL = 4 / sizeof(Operand);
-
-inline int64_t ceil_divide(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
-inline int64_t round_up(int64_t value, int64_t unit) { return ceil_divide(value, unit) * unit; }
 
 // Vectors a panel, and the most rows of its tiles: as many accumulators as the registers hold beside the weights.
 struct PanelShape {

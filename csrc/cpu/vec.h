@@ -52,6 +52,7 @@ ALWAYS_INLINE Vec broadcast(float value) { return _mm512_set1_ps(value); }
 ALWAYS_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 ALWAYS_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 ALWAYS_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+ALWAYS_INLINE Vec larger_of(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec sum) { return _mm512_fmadd_ps(a, b, sum); }
 ALWAYS_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 
@@ -189,6 +190,7 @@ ALWAYS_INLINE Vec broadcast(float value) { return _mm256_set1_ps(value); }
 ALWAYS_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 ALWAYS_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 ALWAYS_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+ALWAYS_INLINE Vec larger_of(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec sum) { return _mm256_fmadd_ps(a, b, sum); }
 ALWAYS_INLINE float sum(Vec v) {
   const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
