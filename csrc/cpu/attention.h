@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <span>
 
 #include "parallel.h"
 #include "vec.h"
@@ -83,6 +84,7 @@ struct AttentionForward {
   Heads<const T> query, key, value;
   Heads<T> out;               // rows of neighbouring elements
   float* lse;                 // (B, H, Tq), natural logarithm
+  int64_t lse_stride;         // of heads; those of a batch entry lie behind those of the one before
   T* mean_weights = nullptr;  // (B, Tq, Tk), what the values are weighed with, averaged over heads; or none
 };
 
@@ -94,7 +96,8 @@ struct AttentionBackward {
   AttentionScores<T> scores;
   Heads<const T> query, key, value, out, out_grad;
   const float* lse;
-  const float* lse_grad;  // (B, H, Tq) or null
+  const float* lse_grad;  // as lse, or null
+  int64_t lse_stride;     // of heads
   Heads<T> query_grad, key_grad, value_grad;
   PerScore<float> bias_grad;  // holding zeros; a stride 0 sums
   bool first_bias_grad;       // or holding nothing: every score is met, once
@@ -111,12 +114,21 @@ struct AttentionWeights {
   bool mean;
 };
 
+// Many calls at once, of which only the lengths and the pattern differ: all threads share all of them.
 template <class T>
-void attention_forward(const AttentionForward<T>& args, const GiveScratch& scratch, int64_t threads,
-                       const ParallelFor& parallel);
+void attention_forward(std::span<const AttentionForward<T>> calls, const GiveScratch& scratch,
+                       int64_t threads, const ParallelFor& parallel);
+// Of at most DIRECT_ROWS queries a key head, which see keys by causality and window alone; forward chooses it.
+constexpr int64_t DIRECT_ROWS = 8;
 template <class T>
-void attention_backward(const AttentionBackward<T>& args, const GiveScratch& scratch, int64_t threads,
-                        const ParallelFor& parallel);
+bool is_direct(const AttentionForward<T>& args);
+template <class T>
+void attention_direct(std::span<const AttentionForward<T>> calls, const GiveScratch& scratch, int64_t threads,
+                      const ParallelFor& parallel);
+// Biases have a gradient only where there is one call.
+template <class T>
+void attention_backward(std::span<const AttentionBackward<T>> calls, const GiveScratch& scratch,
+                        int64_t threads, const ParallelFor& parallel);
 template <class T>
 void attention_weights(const AttentionWeights<T>& args, const GiveScratch& scratch, int64_t threads,
                        const ParallelFor& parallel);
