@@ -13,7 +13,7 @@ _sibling = Path(__file__).parent.parent
 if (_sibling / "triton_kernels" / "configs").is_dir() and str(_sibling) not in __path__:
     __path__.append(str(_sibling))
 
-from pyarch import nn, ops  # noqa: E402
+from pyarch import integrations, nn, ops  # noqa: E402
 from pyarch.dispatch import backend  # noqa: E402
 from pyarch.explain import explain  # noqa: E402
 from pyarch.info import info  # noqa: E402
@@ -29,6 +29,7 @@ __all__ = [
     "backend",
     "explain",
     "info",
+    "integrations",
     "nn",
     "ops",
     "swap",

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "pyarch.dispatch": {"pyarch.hardware"},
     "pyarch.ops": {"pyarch.hardware", "pyarch.native", "pyarch.dispatch", "pyarch.reference"},
     "pyarch.nn": {"pyarch.ops", "pyarch.dispatch", "pyarch.hardware"},
+    "pyarch.integrations": {"pyarch.ops", "transformers"},
 }
 KERNELS = {"pyarch.triton_kernels", "pyarch.reference"}
 UPPER_FLOOR_PACKAGES = {"rich"}

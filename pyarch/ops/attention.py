@@ -99,7 +99,7 @@ def run(
     if not compiling:
         backend = settled_backend(backend)
     like = None if compiling else _likeness(query, key, value, extras, settings, return_weights, backend)
-    known = _decided.get(like)
+    known = None if like is None else _decided.get(like)
     if known is None:
         query, key, value, extras = as_autocast_casts(query, key, value, extras)
         error = _fault(query, key, value, extras, settings)
