@@ -6,7 +6,8 @@ summed over the queries of every head that reads the key's. P, dproduct and what
 attention_backward_tiles. A program owns a tile of keys and walks the queries that see it, so that each sum is
 made in one place and in one order; tiles of queries that see none of its keys are never visited (ranges,
 residue classes: attention_mask). The products are computed transposed, [BLOCK_N, BLOCK_M], which leaves
-dropout(P)^T and dproduct^T in the registers where the next product takes them.
+dropout(P)^T and dproduct^T in the registers where the next product takes them. Sequences of unequal length: as
+in attention_forward, but a program finds its sequence by the keys.
 
 Legend: see attention_backward_tiles; Hk key and value heads.
 """
@@ -27,6 +28,7 @@ from .attention_mask import (
     unpadded,
     visible_tile,
 )
+from .attention_sequences import sequence_bounds, sequence_tile
 from .attention_tiles import load_piece, store_piece
 
 
@@ -90,8 +92,8 @@ def add_queries(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    mask_ptr, bias_ptr, padding_ptr, global_ptr, seed_ptr,
-    H, group, Tq, Tk, T, tiles,
+    mask_ptr, bias_ptr, padding_ptr, global_ptr, seed_ptr, starts_q_ptr, starts_k_ptr,
+    H, group, Tq, Tk, T, tiles, sequences,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -103,14 +105,15 @@ def attention_backward_dkdv_kernel(
     stride_pb, stride_ps, stride_gb, stride_gt,
     scale, softcap, left, right, ahead, dilation, step, query_offset, global_tokens, threshold, keep_scale,
     LATTICE: tl.constexpr, CLASSES: tl.constexpr, HAS_GLOBAL: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, AT_END: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
     PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head (equations: file head).
 
-    Grid: (B * Hk * step * tiles,), where every residue class of keys has `tiles` tiles, fastest. The heads
+    Grid: (B * Hk * step * tiles,), where every residue class of keys has `tiles` tiles, fastest; with starts
+    (Hk * slots,). The heads
     that read the key head follow each other. q, k, v, dout fp32, fp16 or bf16, any strides; lse and delta
     (B, H, Tq) fp32, contiguous; mask, padding, global_mask uint8 or None, broadcast dimensions with stride 0.
     Sums in fp32; P and dproduct are rounded to the inputs' type where they enter a product.
@@ -126,7 +129,35 @@ def attention_backward_dkdv_kernel(
     kv_head = (tl.program_id(0) // (tiles * step)).to(tl.int64)
     b, hk = kv_head // (H // group), kv_head % (H // group)
     residue = tile // tiles
-    first = tile % tiles * BLOCK_N
+    number = tile % tiles
+
+    k_ptr += b * stride_kb + hk * stride_kh
+    v_ptr += b * stride_vb + hk * stride_vh
+    if NEED_DK:
+        dk_ptr += b * stride_dkb + hk * stride_dkh
+    if NEED_DV:
+        dv_ptr += b * stride_dvb + hk * stride_dvh
+    residuals = Tq
+    if starts_q_ptr is not None:
+        sequence, number = sequence_tile(number, starts_k_ptr, sequences, BLOCK_N)
+        begin_q, Tq = sequence_bounds(sequence, starts_q_ptr)
+        begin_k, Tk = sequence_bounds(sequence, starts_k_ptr)
+        q_ptr += begin_q * stride_qt
+        do_ptr += begin_q * stride_yt
+        k_ptr += begin_k * stride_kt
+        v_ptr += begin_k * stride_vt
+        lse_ptr += begin_q
+        if delta_ptr is not None:
+            delta_ptr += begin_q
+        if NEED_DK:
+            dk_ptr += begin_k * stride_dkt
+        if NEED_DV:
+            dv_ptr += begin_k * stride_dvt
+        if AT_END:
+            query_offset = Tk - Tq
+        # A tile behind its sequence has no queries to visit.
+        Tq = tl.where(number * BLOCK_N < Tk, Tq, 0)
+    first = number * BLOCK_N
     first_col = residue + step * first
     cols = first_col + step * tl.arange(0, BLOCK_N)
     # A class whose keys have ended before this tile reaches nothing.
@@ -148,18 +179,8 @@ def attention_backward_dkdv_kernel(
     )  # fmt: skip
     edges = edge_count(begin, outside, lo, full_lo, full_hi, end, BLOCK_M)
 
-    k = load_piece(
-        k_ptr + b * stride_kb + hk * stride_kh, cols.to(tl.int64) * stride_kt, exist, stride_kd, D, 0, BLOCK_D
-    )
-    v = load_piece(
-        v_ptr + b * stride_vb + hk * stride_vh,
-        cols.to(tl.int64) * stride_vt,
-        exist,
-        stride_vd,
-        DV,
-        0,
-        BLOCK_DV,
-    )
+    k = load_piece(k_ptr, cols.to(tl.int64) * stride_kt, exist, stride_kd, D, 0, BLOCK_D)
+    v = load_piece(v_ptr, cols.to(tl.int64) * stride_vt, exist, stride_vd, DV, 0, BLOCK_DV)
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -174,7 +195,7 @@ def attention_backward_dkdv_kernel(
         if mask_ptr is not None:
             head_mask_ptr = mask_ptr + b * stride_mb + h * stride_mh
         if delta_ptr is not None:
-            head_delta_ptr = delta_ptr + head * Tq
+            head_delta_ptr = delta_ptr + head * residuals
         if bias_ptr is not None:
             head_bias_ptr = bias_ptr + b * stride_bb + h * stride_bh
         sizes = (Tq, Tk)
@@ -197,14 +218,14 @@ def attention_backward_dkdv_kernel(
             if wanted:
                 dk, dv = add_queries(
                     dk, dv, k, v, unit, (query_residue, step), (first_col, cols), q_rows, do_rows,
-                    lse_ptr + head * Tq, head_delta_ptr, sizes, window, tests, scores, dropout,
+                    lse_ptr + head * residuals, head_delta_ptr, sizes, window, tests, scores, dropout,
                     LATTICE, HAS_GLOBAL, HAS_SOFTCAP, HAS_DROPOUT, CLASSES, D, DV,
                     NEED_DK, NEED_DV, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         for unit in tl.range(full_lo, full_hi, BLOCK_M):
             dk, dv = add_queries(
                 dk, dv, k, v, unit, (query_residue, step), (first_col, cols), q_rows, do_rows,
-                lse_ptr + head * Tq, head_delta_ptr, sizes, window, tests, scores, dropout,
+                lse_ptr + head * residuals, head_delta_ptr, sizes, window, tests, scores, dropout,
                 LATTICE, HAS_GLOBAL, HAS_SOFTCAP, HAS_DROPOUT, CLASSES, D, DV,
                 NEED_DK, NEED_DV, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
@@ -212,25 +233,7 @@ def attention_backward_dkdv_kernel(
     # Full tiles did not test for padding: what they gave to a padded key ends here.
     if NEED_DK:
         dk = tl.where(exist[:, None], dk * scale, 0.0)
-        store_piece(
-            dk_ptr + b * stride_dkb + hk * stride_dkh,
-            dk,
-            cols.to(tl.int64) * stride_dkt,
-            cols < Tk,
-            stride_dkd,
-            D,
-            0,
-            BLOCK_D,
-        )
+        store_piece(dk_ptr, dk, cols.to(tl.int64) * stride_dkt, cols < Tk, stride_dkd, D, 0, BLOCK_D)
     if NEED_DV:
         dv = tl.where(exist[:, None], dv, 0.0)
-        store_piece(
-            dv_ptr + b * stride_dvb + hk * stride_dvh,
-            dv,
-            cols.to(tl.int64) * stride_dvt,
-            cols < Tk,
-            stride_dvd,
-            DV,
-            0,
-            BLOCK_DV,
-        )
+        store_piece(dv_ptr, dv, cols.to(tl.int64) * stride_dvt, cols < Tk, stride_dvd, DV, 0, BLOCK_DV)
