@@ -2,9 +2,13 @@
 
 from pyarch.ops.attention_functions import scaled_dot_product_attention
 from pyarch.ops.conv import depthwise_conv
+from pyarch.ops.decoding import attention_decode
 from pyarch.ops.recurrent_functions import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from pyarch.ops.varlen import attention_varlen
 
 __all__ = [
+    "attention_decode",
+    "attention_varlen",
     "depthwise_conv",
     "gru",
     "gru_cell",

@@ -99,7 +99,7 @@ def run(
     like = None if compiling else _likeness(query, key, value, extras, settings, return_weights, backend)
     known = _decided.get(like)
     if known is None:
-        query, key, value, extras = _as_autocast_casts(query, key, value, extras)
+        query, key, value, extras = as_autocast_casts(query, key, value, extras)
         error = _fault(query, key, value, extras, settings)
         if error is not None:
             return otherwise(error)
@@ -243,7 +243,7 @@ def _fault_of_settings(extras: Extras, settings: Settings) -> Exception | None:
     return None
 
 
-def _as_autocast_casts(query, key, value, extras: Extras) -> tuple[Tensor, Tensor, Tensor, Extras]:
+def as_autocast_casts(query, key, value, extras: Extras) -> tuple[Tensor, Tensor, Tensor, Extras]:
     """The tensors as torch's autocast hands them to its own operator; sinks stay as they are."""
     if query.device.type == "meta" or not torch.is_autocast_enabled(query.device.type):
         return query, key, value, extras

@@ -174,12 +174,12 @@ def _torch_refusals(call: AttentionCall) -> Reasons:
         yield "an empty query or key, of which stock SDPA gives no lse"
 
 
-def _triton_refusals(call: AttentionCall) -> Reasons:
+def attention_triton_refusals(call: AttentionCall) -> Reasons:
     yield from triton_refusals(call)
     yield from _wider_than(_WIDEST, call)
 
 
-def _triton_backward_refusals(call: AttentionCall) -> Reasons:
+def attention_triton_backward_refusals(call: AttentionCall) -> Reasons:
     yield from triton_refusals(call)
     yield from _wider_than(_WIDEST_FLOAT32_BACKWARD if call.dtype == torch.float32 else _WIDEST, call)
 
@@ -195,7 +195,9 @@ _WIDEST = 256
 _WIDEST_FLOAT32_BACKWARD = 128
 
 
-def _op(name: str, function: str, torch_refusals, concessions=accepts_all, triton=_triton_refusals) -> Op:
+def _op(
+    name: str, function: str, torch_refusals, concessions=accepts_all, triton=attention_triton_refusals
+) -> Op:
     return Op(
         name,
         (
@@ -209,5 +211,5 @@ def _op(name: str, function: str, torch_refusals, concessions=accepts_all, trito
 
 
 FORWARD = _op("attention_forward", "forward", _torch_refusals, forward_concessions)
-BACKWARD = _op("attention_backward", "backward", _torch_refusals, triton=_triton_backward_refusals)
+BACKWARD = _op("attention_backward", "backward", _torch_refusals, triton=attention_triton_backward_refusals)
 WEIGHTS = _op("attention_weights", "weights", accepts_all)

@@ -89,11 +89,11 @@ def _options(extras: Extras, settings: Settings) -> tuple:
     """The native operators' last arguments."""
     if extras.sinks is not None:
         extras = extras._replace(sinks=extras.sinks.float().contiguous())
-    return *extras, _numbers(settings)
+    return *extras, native_numbers(settings)
 
 
 @lru_cache(maxsize=4096)
-def _numbers(settings: Settings) -> Tensor:
+def native_numbers(settings: Settings) -> Tensor:
     """What `Settings` says, in the order of the native operators; as one tensor: each argument takes time."""
     scale, is_causal, left, right, dilation, global_tokens, query_offset, softcap, dropout_p = settings
     left, right = (_UNBOUNDED if reach is None else min(reach, _FARTHEST) for reach in (left, right))

@@ -75,7 +75,7 @@ def scaled_dot_product_attention(
         ValueError, TypeError: an option that torch has not does not fit.
         NotImplementedError: a backend asked for by name refuses the call.
     """
-    left, right = _sides(window)
+    left, right = window_sides(window)
     named, first = (global_tokens, 0) if isinstance(global_tokens, Tensor) else (None, global_tokens)
     for name, number in (("dilation", dilation), ("global_tokens", first), ("query_offset", query_offset)):
         if type(number) is not int and (isinstance(number, bool) or not isinstance(number, _INTEGERS)):
@@ -137,7 +137,7 @@ _INTEGERS = int, torch.SymInt
 _TORCHS = None, None, 1, 0, 0, False
 
 
-def _sides(window: Window) -> tuple[int | None, int | None]:
+def window_sides(window: Window) -> tuple[int | None, int | None]:
     """How far a window reaches to the left and to the right."""
     if window is None:
         return None, None
