@@ -133,11 +133,8 @@ def attention_backward_dkdv_kernel(
 
     k_ptr += b * stride_kb + hk * stride_kh
     v_ptr += b * stride_vb + hk * stride_vh
-    if NEED_DK:
-        dk_ptr += b * stride_dkb + hk * stride_dkh
-    if NEED_DV:
-        dv_ptr += b * stride_dvb + hk * stride_dvh
     residuals = Tq
+    begin_k = 0
     if starts_q_ptr is not None:
         sequence, number = sequence_tile(number, starts_k_ptr, sequences, BLOCK_N)
         begin_q, Tq = sequence_bounds(sequence, starts_q_ptr)
@@ -149,10 +146,6 @@ def attention_backward_dkdv_kernel(
         lse_ptr += begin_q
         if delta_ptr is not None:
             delta_ptr += begin_q
-        if NEED_DK:
-            dk_ptr += begin_k * stride_dkt
-        if NEED_DV:
-            dv_ptr += begin_k * stride_dvt
         if AT_END:
             query_offset = Tk - Tq
         # A tile behind its sequence has no queries to visit.
@@ -230,10 +223,13 @@ def attention_backward_dkdv_kernel(
                 NEED_DK, NEED_DV, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
+    own = begin_k + cols.to(tl.int64)
     # Full tiles did not test for padding: what they gave to a padded key ends here.
     if NEED_DK:
         dk = tl.where(exist[:, None], dk * scale, 0.0)
-        store_piece(dk_ptr, dk, cols.to(tl.int64) * stride_dkt, cols < Tk, stride_dkd, D, 0, BLOCK_D)
+        dk_ptr += b * stride_dkb + hk * stride_dkh
+        store_piece(dk_ptr, dk, own * stride_dkt, cols < Tk, stride_dkd, D, 0, BLOCK_D)
     if NEED_DV:
         dv = tl.where(exist[:, None], dv, 0.0)
-        store_piece(dv_ptr, dv, cols.to(tl.int64) * stride_dvt, cols < Tk, stride_dvd, DV, 0, BLOCK_DV)
+        dv_ptr += b * stride_dvb + hk * stride_dvh
+        store_piece(dv_ptr, dv, own * stride_dvt, cols < Tk, stride_dvd, DV, 0, BLOCK_DV)

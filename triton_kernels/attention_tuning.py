@@ -6,7 +6,10 @@ tested besides the pattern ("changed": bias, bool mask, softcap, dropout, global
 registers) or not ("plain"); "any" serves both. The width is the wider one of queries and values, D and Dv.
 An architecture falls back to "default" key by key: where it has rows of its own for (kernel, product), only
 those count. `measured_on` names the device whose benchmark chose the rows and is null while they rest on the
-compile audit alone.
+compile audit alone. A row of "decode" counts rows of queries that share a key head as its block_m.
+
+`splitting` says how an architecture divides the keys of a cache: into so many programs for each of its
+multiprocessors, a stretch of keys having `tiles_at_least` tiles.
 """
 
 import functools
@@ -16,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-KERNELS = ("forward", "weights", "backward_dkdv", "backward_dq", "backward_bias")
+KERNELS = ("forward", "weights", "backward_dkdv", "backward_dq", "backward_bias", "decode")
 PRODUCTS = ("16", "tf32", "ieee")
 SCORES = ("plain", "changed", "any")
 WORDS = {"kernel": KERNELS, "product": PRODUCTS, "scores": SCORES}
 NUMBERS = ("width_up_to", "block_m", "block_n", "num_warps", "num_stages")
 POWERS = ("block_m", "block_n", "num_warps")
+SPLITTING = ("programs_per_multiprocessor", "tiles_at_least")
+# Stretches that the keys of one head are divided into at most; a power of two.
+MOST_SPLITS = 128
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,19 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Splitting:
+    """How the keys of a cache are divided among programs."""
+
+    programs_per_multiprocessor: int
+    tiles_at_least: int
+
+
+@dataclass(frozen=True)
 class Tuning:
     """The rows of one architecture, fall-back rows included."""
 
     rows: tuple[dict[str, Any], ...]
+    splitting: Splitting
 
     def tile(self, kernel: str, product: str, scores: str, width: int) -> Tile:
         """The first row that fits; scores is "plain" or "changed".
@@ -84,6 +99,10 @@ def check_table(table: Any, source: str) -> None:
         need(isinstance(entry, dict), name, "an object")
         measured = "measured_on" in entry and isinstance(entry["measured_on"], str | None)
         need(measured, f"{name}.measured_on", "a device name or null")
+        for key in SPLITTING if "splitting" in entry or name == "default" else ():
+            number = entry["splitting"].get(key) if isinstance(entry.get("splitting"), dict) else None
+            positive = isinstance(number, int) and number > 0
+            need(positive, f"{name}.splitting.{key}", f"a positive integer, not {number!r}")
         need(isinstance(entry.get("rows"), list), f"{name}.rows", "a list")
         for number, row in enumerate(entry["rows"]):
             place = f"{name}.rows[{number}]"
@@ -116,4 +135,4 @@ def tuning(architecture: str) -> Tuning:
     own = table["architectures"].get(architecture, default)
     taken = {key_of(row) for row in own["rows"]}
     inherited = [row for row in default["rows"] if key_of(row) not in taken]
-    return Tuning((*own["rows"], *inherited))
+    return Tuning((*own["rows"], *inherited), Splitting(**own.get("splitting", default["splitting"])))
