@@ -123,9 +123,9 @@ def attention_combine_kernel(
     for start in range(0, splits, BLOCK_S):
         parts = start + tl.arange(0, BLOCK_S)
         exist = parts < splits
-        highest = tl.load(highest_ptr + first + parts, mask=exist, other=float("-inf"))
+        highest_of_part = tl.load(highest_ptr + first + parts, mask=exist, other=float("-inf"))
         part = load_piece(acc_ptr, (first + parts) * DV, exist, 1, DV, 0, BLOCK_DV)
-        acc += tl.sum(part * tl.math.exp2(highest - base)[:, None], 0)
+        acc += tl.sum(part * tl.math.exp2(highest_of_part - base)[:, None], 0)
     columns = tl.arange(0, BLOCK_DV)
     out = (acc * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * DV + columns, out, mask=columns < DV)
