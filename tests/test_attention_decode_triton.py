@@ -1,7 +1,8 @@
 """Attention of a few new queries on a cache on Triton: by interpreter on a CPU, compiled on a GPU.
 
-Each batch entry is held to attention by definition in float64, and to torch's own error on it. The interpreter
-shows the logic in float32 and float16; it computes bfloat16 wrongly and shows neither races nor speed.
+Each batch entry is held to attention by definition in float64, and to torch's own error on it. The
+interpreter shows the logic in float32 and float16; it computes bfloat16 wrongly and shows neither races nor
+speed.
 """
 
 from __future__ import annotations

@@ -76,9 +76,9 @@ def expanded(tokens: Tensor) -> Tensor:
 class Case:
     """One call. `lengths` are (queries, keys) of each sequence; `offset` may be "end"."""
 
-    lengths: tuple[tuple[int, int], ...] = ((5, 7), (33, 20), (18, 40))
+    lengths: tuple[tuple[int, int], ...] = ((5, 7), (18, 20))
     heads: int = 2
-    kv_heads: int = 2
+    kv_heads: int = 1
     dim: int = 8
     value_dim: int | None = None
     causal: bool = False
@@ -145,20 +145,19 @@ class Drawn:
         return Drawn(*(None if each is None else each.to(device) for each in tensors))
 
 
-RAGGED = ((5, 7), (1, 1), (0, 0), (33, 20), (0, 9), (4, 0), (18, 40), (1, 50), (16, 16))
+RAGGED = ((5, 7), (0, 0), (18, 33), (0, 9), (4, 0), (1, 20))
 CASES = [
-    Case(),
     Case(RAGGED),
     Case(RAGGED, causal=True),
-    Case(RAGGED, causal=True, offset="end", heads=4),
-    Case(RAGGED, causal=True, left=6, offset="end"),
-    Case(RAGGED, left=3, right=2, offset="end"),
-    Case(RAGGED, causal=True, left=5, right=0, offset=4, heads=4, kv_heads=1),
-    Case(RAGGED, offset=-9, causal=True, sinks=True, lse_grad=True),
-    Case(RAGGED, softcap=2.0, sinks=True, causal=True, offset="end", heads=6),
-    Case(((1, 1),) * 9, causal=True),
+    Case(RAGGED, causal=True, offset="end", heads=4, kv_heads=2),
+    Case(RAGGED, causal=True, left=6, offset="end", heads=1),
+    Case(RAGGED, left=3, right=2, offset="end", kv_heads=2),
+    Case(RAGGED, offset=-3, causal=True, sinks=True, lse_grad=True),
+    Case(RAGGED, softcap=2.0, sinks=True, causal=True, offset="end", heads=3),
+    Case(causal=True, left=5, right=0, offset=4),
+    Case(((1, 1),) * 5, causal=True),
     Case(((0, 0), (0, 0), (3, 4), (0, 0))),
-    Case(((70, 90), (1, 33)), causal=True, offset="end", heads=1, kv_heads=1, dim=16),
+    Case(((40, 50), (1, 33)), causal=True, offset="end", heads=1, dim=16),
     Case(dim=20, value_dim=12, causal=True),
     Case(dim=80, value_dim=40, lse_grad=True),
     Case(dim=3, value_dim=24, left=None, right=4),
@@ -167,7 +166,7 @@ CASES = [
     *(Case(causal=True, layout=layout, grad_layout=layout) for layout in (heads_first, of_one_projection)),
     Case(layout=features_first, grad_layout=expanded, heads=4, lse_grad=True),
 ]
-HALF = [CASES[1], CASES[3], CASES[8], CASES[12], CASES[17]]
+HALF = [CASES[0], CASES[3], CASES[6], CASES[11]]
 
 
 def answers_of(case: Case, drawn: Drawn) -> list[Answers]:
@@ -225,7 +224,8 @@ def of_sequences(case: Case, results: dict[str, Tensor]) -> list[dict[str, Tenso
 def hold_sequences(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     drawn = case.drawn(dtype)
     results = {
-        name: None if each is None else each.cpu() for name, each in results_of(case, drawn.to(device)).items()
+        name: None if each is None else each.cpu()
+        for name, each in results_of(case, drawn.to(device)).items()
     }
     assert results["out"].dtype == dtype and results["out"].is_contiguous()
     assert results["lse"].dtype == FP32 and results["lse"].is_contiguous()
@@ -242,7 +242,8 @@ def hold_sequences(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
 
 def hold_sinks(ours: Tensor, answers: list[Answers]) -> None:
     """The sinks' gradient is a sum over all sequences; rounding counts as in `hold`."""
-    stock, truth = (sum(each["grad sinks"] for each in found) for found in zip(*(a[:2] for a in answers)))
+    stock = sum(each.stock["grad sinks"] for each in answers)
+    truth = sum(each.truth["grad sinks"] for each in answers)
     rounding = max(torch.finfo(FP32).eps * each.carries for each in answers)
     if ours.dtype != FP32:
         rounding += torch.finfo(ours.dtype).eps / 2
@@ -277,13 +278,13 @@ def test_attention_varlen_matches_float64_in_half_precision(backend, case, small
 @by_triton
 @pytest.mark.parametrize("dim", [40, 96, 128])
 def test_attention_varlen_with_the_tiles_that_ship(backend, dim):
-    hold_sequences(Case(((70, 90), (3, 5), (0, 4)), 2, 1, dim, causal=True, offset="end"), FP32)
+    hold_sequences(Case(((35, 70), (3, 5), (0, 4)), 1, 1, dim, causal=True, offset="end"), FP32)
 
 
 @interpreter
 @by_triton
 def test_attention_varlen_forward_of_the_widest_heads(backend, small_tiles):
-    case = Case(dim=256, value_dim=192, causal=True)
+    case = Case(heads=1, dim=256, value_dim=192, causal=True)
     drawn = case.drawn(FP32)
     out, lse = forward_of(case, drawn)
     results = {name: out for name in ("grad query", "grad key", "grad value")} | {"out": out, "lse": lse}
@@ -294,7 +295,7 @@ def test_attention_varlen_forward_of_the_widest_heads(backend, small_tiles):
 @interpreter
 @by_triton
 def test_attention_varlen_computes_what_is_needed_alone(backend, small_tiles):
-    case = Case(RAGGED, causal=True, sinks=True)
+    case = Case(causal=True, sinks=True)
     drawn = case.drawn(FP32)
     whole = results_of(case, drawn)
     for number, name in enumerate(GRADIENTS):
@@ -304,12 +305,13 @@ def test_attention_varlen_computes_what_is_needed_alone(backend, small_tiles):
 
 @interpreter
 @by_triton
-@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
 def test_attention_varlen_sequences_do_not_see_each_other(backend, case, small_tiles):
     """A sequence of NaN leaves the others as they were, bit by bit."""
     drawn = case.drawn(FP32)
     clean = of_sequences(case, results_of(case, drawn))
-    lost = 3
+    lost = 2
     cu_q, cu_k = case.starts(0), case.starts(1)
     for tensor, cu in (
         (drawn.query, cu_q),
@@ -395,7 +397,7 @@ def test_attention_varlen_refuses_what_has_no_kernel(tokens, message):
 
 def test_attention_varlen_backward_refuses_wide_heads_of_float32():
     tokens, starts = empty(4, 1, 192), empty(2, dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="head width 192, the backward_dkdv kernel needs at most 128"):
+    with pytest.raises(NotImplementedError, match="backward_dkdv kernel needs at most 128"):
         attention_varlen.backward(
             tokens, None, tokens, tokens, tokens, tokens, empty(1, 4), starts, starts, None, Settings(1.0),
             False, (True, True, True, False),

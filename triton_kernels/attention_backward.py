@@ -113,7 +113,7 @@ def plan_dkdv(call: Call, inputs: Inputs, dk: Tensor | None, dv: Tensor | None) 
         call.batch * call.kv_heads * tiles,
         call,
         arguments,
-        dict(NEED_DK=dk is not None, NEED_DV=dv is not None),
+        dict(GROUPED=call.heads > call.kv_heads, NEED_DK=dk is not None, NEED_DV=dv is not None),
     )
 
 

@@ -99,9 +99,9 @@ def attention_backward_dq_kernel(
     """dq of BLOCK_M queries of one head (equation: file head).
 
     Grid: (B * H * step * tiles,), where every residue class of queries has `tiles` tiles, fastest and the
-    last first, because with causality those take longest; with starts (H * slots,). q, k, v, dout fp32, fp16 or bf16, any strides; lse
-    and delta (B, H, Tq) fp32, contiguous; mask, padding, global_mask uint8 or None, broadcast dimensions with
-    stride 0. Sums in fp32; dproduct is rounded to the inputs' type where it enters a product.
+    last first, because with causality those take longest; with starts (H * slots,). q, k, v, dout fp32, fp16
+    or bf16, any strides; lse and delta (B, H, Tq) fp32, contiguous; mask, padding, global_mask uint8 or None,
+    broadcast dimensions with stride 0. Sums in fp32; dproduct is rounded to the inputs' type in its product.
     """
     # Shows the compiler that ALIGN divides the strides of rows, so that they are read in vectors of so many.
     stride_qt = stride_qt // ALIGN * ALIGN
@@ -121,9 +121,9 @@ def attention_backward_dq_kernel(
     do_ptr += b * stride_yb + h * stride_yh
     k_ptr += b * stride_kb + hk * stride_kh
     v_ptr += b * stride_vb + hk * stride_vh
-    dq_ptr += b * stride_dqb + h * stride_dqh
     lse_ptr += head * Tq
     delta_ptr += head * Tq
+    begin_q = 0
     if starts_q_ptr is not None:
         sequence, number = sequence_tile(number, starts_q_ptr, sequences, BLOCK_M)
         begin_q, Tq = sequence_bounds(sequence, starts_q_ptr)
@@ -132,7 +132,6 @@ def attention_backward_dq_kernel(
         do_ptr += begin_q * stride_yt
         k_ptr += begin_k * stride_kt
         v_ptr += begin_k * stride_vt
-        dq_ptr += begin_q * stride_dqt
         lse_ptr += begin_q
         delta_ptr += begin_q
         if AT_END:
@@ -202,4 +201,6 @@ def attention_backward_dq_kernel(
             LATTICE, HAS_GLOBAL, HAS_SOFTCAP, HAS_DROPOUT, CLASSES, D, DV,
             False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    store_piece(dq_ptr, dq * scale, rows.to(tl.int64) * stride_dqt, exist, stride_dqd, D, 0, BLOCK_D)
+    dq_ptr += b * stride_dqb + h * stride_dqh
+    own = begin_q + rows.to(tl.int64)
+    store_piece(dq_ptr, dq * scale, own * stride_dqt, exist, stride_dqd, D, 0, BLOCK_D)

@@ -75,7 +75,7 @@ class Call:
         return 0 < self.dropout_p < 1
 
     def tile(self, kernel: str) -> Tile:
-        """The tile of a kernel: "forward", "weights", "backward_dkdv", "backward_dq", "backward_bias", "decode".
+        """The tile of a kernel, one of attention_tuning.KERNELS.
 
         Raises:
             NotImplementedError: heads wider than any row of the table.

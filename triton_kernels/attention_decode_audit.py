@@ -1,5 +1,7 @@
-"""What the compile audit builds for attention on a cache: data. Together the cases reach every row of "decode"
-in configs/attention.json."""
+"""What the compile audit builds for attention on a cache: data.
+
+Together the cases reach every row of "decode" in configs/attention.json on every architecture.
+"""
 
 from dataclasses import dataclass
 

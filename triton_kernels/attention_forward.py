@@ -13,8 +13,8 @@ scale folded in. Tiles that every query sees whole come first and test nothing b
 of the pattern test each score; tiles beyond it are not visited. A sink is a score without a value: m and l
 begin with it (Xiao et al., 2023, arXiv:2309.17453).
 
-With sequences of unequal length (attention_sequences) the batch is 1, and a program takes its sequence for the
-whole: Tq, Tk and positions are the sequence's.
+With sequences of unequal length (attention_sequences) the batch is 1, and a program takes its sequence for
+the whole: Tq, Tk and positions are the sequence's.
 
 Legend: see attention_mask and attention_tiles; Dv the width of values, `group` H / Hk.
 """
@@ -73,10 +73,11 @@ def attention_forward_kernel(
     Grid: (B * H * blocks,), the query tiles of a head adjacent, last ones first, because with causality they
     take longest. q (B, H, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, Dv) and out (B, H, Tq, Dv) in one of fp32,
     fp16, bf16, any strides; lse (B, H, Tq) fp32 contiguous. mask (uint8) and bias (B, H, Tq, Tk) by broadcast
-    strides, padding (B, Tk) and global (B, T) uint8, sinks (H,), seed one int64; each or None. starts of queries
-    and keys (sequences + 1,) int32, or None; AT_END: each sequence's last query stands at its last key. FOLDED:
-    scores are q k^T times a positive number, so that their maximum may be scaled after it is found. Pieces of
-    D: BLOCK_D and REST_D, of Dv: BLOCK_DV and REST_DV. Sums in fp32; P is rounded to v's type in its product.
+    strides, padding (B, Tk) and global (B, T) uint8, sinks (H,), seed one int64; each or None. starts of
+    queries and keys (sequences + 1,) int32, or None; AT_END: each sequence's last query stands at its last
+    key. FOLDED: scores are q k^T times a positive number, so that their maximum may be scaled after it is
+    found. Pieces of D: BLOCK_D and REST_D, of Dv: BLOCK_DV and REST_DV. Sums in fp32; P is rounded to v's
+    type in its product.
     """
     # Shows the compiler that ALIGN divides strides, so that rows are read in vectors of so many.
     stride_qt = stride_qt // ALIGN * ALIGN

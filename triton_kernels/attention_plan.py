@@ -48,7 +48,8 @@ def plan_forward(
         arguments=arguments_of(attention_forward_kernel, named),
         constants=call.flags() | dict(
             D=call.head_dim, DV=call.value_dim, FOLDED=plain and call.scale >= 0, AT_END=call.at_end,
-            PRECISION=call.precision, ALIGN=alignment_of(query, key, value), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            PRECISION=call.precision, ALIGN=alignment_of(query, key, value),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, REST_DV=rest_dv,
         ),
         options=tile.options(),

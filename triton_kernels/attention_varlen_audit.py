@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention_audit import BF16, FP32, OPCODES, WIDE_LOADS, WIDEST_OF_64_ROWS
+from .attention_audit import BF16, FP32, OPCODES, WIDEST_OF_64_ROWS
 from .attention_backward import Inputs, plan_dkdv, plan_dq
 from .attention_call import Call, Starts, precision_on
 from .attention_mask import FAR
@@ -18,6 +18,12 @@ from .attention_varlen import as_batch, extras_of
 from .launch import Launch, Requirement
 
 SEQUENCES, TOKENS, HEADS, KV_HEADS = 7, 2000, 8, 2
+# The least share of 128-bit loads: finding a sequence takes a handful of small ones.
+WIDE_LOADS = {
+    "attention_forward_kernel": 0.4,
+    "attention_backward_dkdv_kernel": 0.1,
+    "attention_backward_dq_kernel": 0.4,
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class AuditCase:
         return f"sequences D {self.head_dim} {kind} {'changed' if self.changed else 'causal'}"
 
     def requirement(self, kernel: str) -> Requirement:
-        """As of the same kernels on a batch."""
+        """As of the same kernels on a batch, but for what finds a sequence."""
         slim = self.head_dim <= WIDEST_OF_64_ROWS or kernel == "attention_forward_kernel"
         return Requirement(
             wide_loads=0.0 if self.changed else WIDE_LOADS[kernel],
