@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <span>
 
 #include "parallel.h"
 #include "vec.h"
@@ -81,8 +82,9 @@ struct AttentionForward {
   AttentionPattern pattern;
   AttentionScores<T> scores;
   Heads<const T> query, key, value;
-  Heads<T> out;  // rows of neighbouring elements
-  float* lse;    // (B, H, Tq), natural logarithm
+  Heads<T> out;        // rows of neighbouring elements
+  float* lse;          // (B, H, Tq), natural logarithm
+  int64_t lse_stride;  // of heads; those of a batch entry lie behind those of the one before
 };
 
 // Gradients that nobody needs are null. Every row of query_grad, key_grad and value_grad has neighbouring elements.
@@ -93,7 +95,8 @@ struct AttentionBackward {
   AttentionScores<T> scores;
   Heads<const T> query, key, value, out, out_grad;
   const float* lse;
-  const float* lse_grad;  // (B, H, Tq) or null
+  const float* lse_grad;  // as lse, or null
+  int64_t lse_stride;     // of heads
   Heads<T> query_grad, key_grad, value_grad;
   PerScore<float> bias_grad;  // holding zeros; a stride 0 sums
   bool first_bias_grad;       // or holding nothing: every score is met, once
@@ -110,12 +113,21 @@ struct AttentionWeights {
   bool mean;
 };
 
+// Many calls at once, of which only the lengths and the pattern differ: all threads share all of them.
 template <class T>
-void attention_forward(const AttentionForward<T>& args, const GiveScratch& scratch, int64_t threads,
-                       const ParallelFor& parallel);
+void attention_forward(std::span<const AttentionForward<T>> calls, const GiveScratch& scratch,
+                       int64_t threads, const ParallelFor& parallel);
+// Of at most DIRECT_ROWS queries a key head, which see keys by causality and window alone; forward chooses it.
+constexpr int64_t DIRECT_ROWS = 8;
 template <class T>
-void attention_backward(const AttentionBackward<T>& args, const GiveScratch& scratch, int64_t threads,
-                        const ParallelFor& parallel);
+bool is_direct(const AttentionForward<T>& args);
+template <class T>
+void attention_direct(std::span<const AttentionForward<T>> calls, const GiveScratch& scratch, int64_t threads,
+                      const ParallelFor& parallel);
+// Biases have a gradient only where there is one call.
+template <class T>
+void attention_backward(std::span<const AttentionBackward<T>> calls, const GiveScratch& scratch,
+                        int64_t threads, const ParallelFor& parallel);
 template <class T>
 void attention_weights(const AttentionWeights<T>& args, const GiveScratch& scratch, int64_t threads,
                        const ParallelFor& parallel);

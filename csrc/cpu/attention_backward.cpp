@@ -21,7 +21,7 @@ class Backward {
   static constexpr int64_t E = S::ELEMENTS;
 
  public:
-  Backward(const AttentionBackward<T>& args, int64_t threads)
+  explicit Backward(const AttentionBackward<T>& args)
       : args_(args),
         shape_(args.shape),
         rule_{args.scores},
@@ -30,43 +30,49 @@ class Backward {
         key_sums_(shape_.keys, shape_.head_dim),
         value_sums_(shape_.keys, shape_.value_dim),
         blocks_(ceil_div(shape_.keys, KEY_BLOCK)),
-        clears_(clears_keys(shape_, args.pattern)),
-        tasks_(attention_work(shape_), threads) {
+        clears_(clears_keys(shape_, args.pattern)) {
     const bool sums_bias = args.bias_grad.data;
     sums_batches_ = sums_bias && args.bias_grad.batch_stride == 0;
     sums_heads_ = sums_bias && args.bias_grad.head_stride == 0;
     groups_ = (sums_batches_ ? 1 : shape_.batch) * (sums_heads_ ? 1 : shape_.kv_heads);
-    const bool fixed = sums_bias && args.bias_grad.key_stride == 0;
-    splits_ = tasks_.share_evenly(groups_) || fixed ? 1 : std::min(blocks_, tasks_.threads());
+    layout_ = lay_out();
   }
 
-  void run(const GiveScratch& give, const ParallelFor& parallel) {
-    const int64_t query_floats = ceil_div(shape_.queries, STRIP<T>) * STRIP<T> * head_pitch();
-    const int64_t partials = splits_ > 1 ? shape_.batch * shape_.heads * splits_ : tasks_.threads();
-    const Layout layout = lay_out();
-    float* const memory = static_cast<float*>(
-        give((partials * query_floats + tasks_.threads() * layout.floats) * int64_t(sizeof(float))));
-    float* const works = memory + partials * query_floats;
+  // Units that add to the same gradient of a bias are one group.
+  int64_t groups() const { return groups_; }
+  double unit_weight() const {
+    const int64_t units = shape_.batch * shape_.kv_heads / groups_;
+    return double(units * shape_.group() * shape_.queries) * double(shape_.keys);
+  }
+  // Divides the keys of each group into at most so many parts.
+  void split(int64_t parts) {
+    const bool fixed = args_.bias_grad.data && args_.bias_grad.key_stride == 0;
+    splits_ = fixed ? 1 : std::min(blocks_, parts);
+  }
 
-    tasks_.template each<T>(groups_ * splits_, parallel, [&](int64_t task, int64_t thread) {
-      const int64_t group = task / splits_, split = task % splits_;
-      Thread own{works + thread * layout.floats, layout};
-      const Span keys{blocks_ * split / splits_ * KEY_BLOCK,
-                      std::min(shape_.keys, blocks_ * (split + 1) / splits_ * KEY_BLOCK)};
-      each_unit(group, [&](int64_t b, int64_t kv_head) {
-        run_unit(b, kv_head, keys, own, [&](int64_t h) {
-          const int64_t slot = splits_ > 1 ? (b * shape_.heads + h) * splits_ + split : thread;
-          return memory + slot * query_floats;
-        });
+  int64_t tasks() const { return groups_ * splits_; }
+  int64_t heads_to_sum() const { return splits_ > 1 && args_.query_grad.data ? heads() : 0; }
+  int64_t partial_floats() const { return splits_ > 1 ? heads() * splits_ * query_floats() : 0; }
+  int64_t work_floats() const { return layout_.floats + (splits_ > 1 ? 0 : query_floats()); }
+
+  void run(int64_t task, float* work, float* partials) const {
+    const int64_t group = task / splits_, split = task % splits_;
+    const Thread own{work, layout_};
+    const Span keys{blocks_ * split / splits_ * KEY_BLOCK,
+                    std::min(shape_.keys, blocks_ * (split + 1) / splits_ * KEY_BLOCK)};
+    each_unit(group, [&](int64_t b, int64_t kv_head) {
+      run_unit(b, kv_head, keys, own, [&](int64_t h) {
+        return splits_ > 1 ? partials + ((b * shape_.heads + h) * splits_ + split) * query_floats()
+                           : work + layout_.floats;
       });
     });
-    if (splits_ > 1 && args_.query_grad.data)
-      tasks_.template each<T>(shape_.batch * shape_.heads, parallel, [&](int64_t head, int64_t) {
-        float* const sums = memory + head * splits_ * query_floats;
-        for (int64_t split = 1; split < splits_; ++split)
-          for (int64_t i = 0; i < query_floats; ++i) sums[i] += sums[split * query_floats + i];
-        write_queries(head / shape_.heads, head % shape_.heads, sums);
-      });
+  }
+
+  void sum_partials(int64_t head, float* partials) const {
+    float* const sums = partials + head * splits_ * query_floats();
+    for (int64_t split = 1; split < splits_; ++split)
+      for (int64_t i = 0; i < query_floats(); ++i) sums[i] += sums[split * query_floats() + i];
+    write_queries(head / shape_.heads, head % shape_.heads, sums);
   }
 
  private:
@@ -95,7 +101,9 @@ class Backward {
     float* query_sums;  // of the head
   };
 
+  int64_t heads() const { return shape_.batch * shape_.heads; }
   int64_t head_pitch() const { return head_panels_ * PANEL; }
+  int64_t query_floats() const { return ceil_div(shape_.queries, STRIP<T>) * STRIP<T> * head_pitch(); }
   static int64_t floats(int64_t bytes) { return ceil_div(bytes, 64) * 16; }
 
   Layout lay_out() const {
@@ -171,7 +179,7 @@ class Backward {
   void prepare_head(const Sight& sight, int64_t b, int64_t h, const Thread& own) const {
     const auto out = Rows<T>::of(args_.out, b, h, shape_.value_dim);
     const auto grad = Rows<T>::of(args_.out_grad, b, h, shape_.value_dim);
-    const int64_t first = (b * shape_.heads + h) * shape_.queries;
+    const int64_t first = (b * shape_.heads + h) * args_.lse_stride;
     float *const outs = own.memory + own.at.queries, *const grads = own.memory + own.at.out_grads;
     for (int64_t i = 0; i < shape_.queries; i += STRIP<T>) {
       const int64_t count = std::min<int64_t>(STRIP<T>, shape_.queries - i);
@@ -458,25 +466,59 @@ class Backward {
   const KeySums<T> key_sums_, value_sums_;
   const int64_t blocks_;
   const bool clears_;
-  const Tasks tasks_;
   bool sums_batches_, sums_heads_;
-  int64_t groups_, splits_;
+  int64_t groups_, splits_ = 1;
+  Layout layout_;
 };
 
 }  // namespace
 
 template <class T>
-void attention_backward(const AttentionBackward<T>& args, const GiveScratch& scratch, int64_t threads,
-                        const ParallelFor& parallel) {
-  if (args.shape.batch * args.shape.heads * args.shape.queries * args.shape.keys == 0) return;
-  Backward<T>(args, threads).run(scratch, parallel);
+void attention_backward(std::span<const AttentionBackward<T>> calls, const GiveScratch& scratch,
+                        int64_t threads, const ParallelFor& parallel) {
+  std::vector<AttentionBackward<T>> present;
+  for (const AttentionBackward<T>& call : calls)
+    if (call.shape.batch * call.shape.heads * call.shape.queries * call.shape.keys != 0)
+      present.push_back(call);
+  if (present.empty()) return;
+  auto all = heaviest_first<Backward<T>>(std::span<const AttentionBackward<T>>(present));
+  const Tasks shared(attention_work(std::span<const AttentionBackward<T>>(present)), threads);
+  int64_t groups = 0, partial_floats = 0, work_floats = 0;
+  double weight = 0;
+  for (const Backward<T>& call : all) {
+    groups += call.groups();
+    weight += call.unit_weight() * double(call.groups());
+  }
+  if (!shared.share_evenly(groups, all[0].unit_weight(), weight))
+    for (Backward<T>& call : all) call.split(shared.threads());
+
+  TasksOfCalls tasks, sums;
+  std::vector<int64_t> first;
+  for (const Backward<T>& call : all) {
+    first.push_back(partial_floats);
+    partial_floats += call.partial_floats();
+    work_floats = std::max(work_floats, call.work_floats());
+    tasks.append(call.tasks());
+    sums.append(call.heads_to_sum());
+  }
+  float* const memory = static_cast<float*>(
+      scratch((partial_floats + shared.threads() * work_floats) * int64_t(sizeof(float))));
+  shared.template each<T>(tasks.count(), parallel, [&](int64_t place, int64_t thread) {
+    const auto [index, task] = tasks.at(place);
+    all[index].run(task, memory + partial_floats + thread * work_floats, memory + first[index]);
+  });
+  if (sums.count())
+    shared.template each<T>(sums.count(), parallel, [&](int64_t place, int64_t) {
+      const auto [index, head] = sums.at(place);
+      all[index].sum_partials(head, memory + first[index]);
+    });
 }
 
-template void attention_backward(const AttentionBackward<float>&, const GiveScratch&, int64_t,
+template void attention_backward(std::span<const AttentionBackward<float>>, const GiveScratch&, int64_t,
                                  const ParallelFor&);
-template void attention_backward(const AttentionBackward<bfloat16>&, const GiveScratch&, int64_t,
+template void attention_backward(std::span<const AttentionBackward<bfloat16>>, const GiveScratch&, int64_t,
                                  const ParallelFor&);
-template void attention_backward(const AttentionBackward<float16>&, const GiveScratch&, int64_t,
+template void attention_backward(std::span<const AttentionBackward<float16>>, const GiveScratch&, int64_t,
                                  const ParallelFor&);
 
 }  // namespace pyarch

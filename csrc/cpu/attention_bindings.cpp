@@ -1,5 +1,8 @@
 // Binds attention; see bindings.h and attention.h.
+#include <algorithm>
+
 #include "attention.h"
+#include "attention_sight.h"
 #include "attention_tile.h"
 
 #include "bindings.h"
@@ -79,9 +82,10 @@ void forward(const Tensor& out, const Tensor& lse, const Tensor& query, const Te
                                    heads_of<const T>(key),
                                    heads_of<const T>(value),
                                    heads_of<T>(out),
-                                   data<float>(lse)};
+                                   data<float>(lse),
+                                   query.size(2)};
     Scratch scratch{out};
-    attention_forward<T>(args, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
+    attention_forward<T>({&args, 1}, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
                          on_torch_threads);
   });
 }
@@ -105,13 +109,14 @@ void backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad, const 
                                     heads_of<const T>(out_grad),
                                     data<const float>(lse),
                                     data<const float>(lse_grad),
+                                    query.size(2),
                                     grad(query_grad),
                                     grad(key_grad),
                                     grad(value_grad),
                                     per_score<float>(bias_grad),
                                     first_bias_grad};
     Scratch scratch{out};
-    attention_backward<T>(args, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
+    attention_backward<T>({&args, 1}, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
                           on_torch_threads);
   });
 }
@@ -136,6 +141,125 @@ void weights(const Tensor& weights, const Tensor& query, const Tensor& key, cons
   });
 }
 
+// -------------------------------------------------------------------------------- many lengths at once
+
+// Tokens of one sequence, of tensors (tokens, H, D), as a batch.
+template <class T>
+Heads<T> sequence_of(const Tensor& tokens, int64_t first) {
+  return {data<T>(tokens) + first * tokens.stride(0), 0, tokens.stride(1), tokens.stride(0),
+          tokens.stride(2)};
+}
+
+// Calls body(queries, keys) for the tokens of each sequence.
+template <class Body>
+void each_sequence(const Tensor& query, const Tensor& key, const Tensor& query_ends, const Tensor& key_ends,
+                   Body&& body) {
+  const int64_t count = query_ends.numel();
+  const int32_t *const of_queries = data<const int32_t>(query_ends), *const of_keys =
+                                                                         data<const int32_t>(key_ends);
+  const auto divide = [&](const int32_t* ends, int64_t tokens) {
+    return ends[0] == 0 && ends[count - 1] == tokens && std::is_sorted(ends, ends + count);
+  };
+  STD_TORCH_CHECK(count > 0 && key_ends.numel() == count && divide(of_queries, query.size(0)) &&
+                      divide(of_keys, key.size(0)),
+                  "attention_varlen: the ends of sequences must go from 0 to all tokens and never decrease");
+  for (int64_t s = 0; s + 1 < count; ++s)
+    body(Span{of_queries[s], of_queries[s + 1]}, Span{of_keys[s], of_keys[s + 1]});
+}
+
+AttentionPattern pattern_of_sequence(const Numbers& numbers, Span queries, Span keys, bool at_end) {
+  AttentionPattern pattern = pattern_of({}, {}, {}, numbers);
+  if (at_end) pattern.query_offset = keys.size() - queries.size();
+  return pattern;
+}
+
+void varlen_forward(const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key,
+                    const Tensor& value, const Tensor& query_ends, const Tensor& key_ends,
+                    const MaybeTensor& sinks, const Tensor& numbers, bool at_end) {
+  with_element_type("attention_varlen_forward", query, [&](auto element) {
+    using T = decltype(element);
+    std::vector<AttentionForward<T>> calls;
+    each_sequence(query, key, query_ends, key_ends, [&](Span queries, Span keys) {
+      calls.push_back(
+          {{1, query.size(1), key.size(1), queries.size(), keys.size(), query.size(2), value.size(2)},
+           pattern_of_sequence(Numbers::of(numbers), queries, keys, at_end),
+           scores_of<T>({}, sinks, {}, Numbers::of(numbers)),
+           sequence_of<const T>(query, queries.begin),
+           sequence_of<const T>(key, keys.begin),
+           sequence_of<const T>(value, keys.begin),
+           sequence_of<T>(out, queries.begin),
+           data<float>(lse) + queries.begin,
+           query.size(0)});
+    });
+    Scratch scratch{out};
+    attention_forward<T>(calls, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
+                         on_torch_threads);
+  });
+}
+
+void varlen_backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad,
+                     const MaybeTensor& value_grad, const Tensor& out_grad, const MaybeTensor& lse_grad,
+                     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                     const Tensor& lse, const Tensor& query_ends, const Tensor& key_ends,
+                     const MaybeTensor& sinks, const Tensor& numbers, bool at_end) {
+  with_element_type("attention_varlen_backward", query, [&](auto element) {
+    using T = decltype(element);
+    const auto grad = [](const MaybeTensor& tensor, int64_t first) {
+      return tensor ? sequence_of<T>(*tensor, first) : Heads<T>{};
+    };
+    std::vector<AttentionBackward<T>> calls;
+    each_sequence(query, key, query_ends, key_ends, [&](Span queries, Span keys) {
+      calls.push_back(
+          {{1, query.size(1), key.size(1), queries.size(), keys.size(), query.size(2), value.size(2)},
+           pattern_of_sequence(Numbers::of(numbers), queries, keys, at_end),
+           scores_of<T>({}, sinks, {}, Numbers::of(numbers)),
+           sequence_of<const T>(query, queries.begin),
+           sequence_of<const T>(key, keys.begin),
+           sequence_of<const T>(value, keys.begin),
+           sequence_of<const T>(out, queries.begin),
+           sequence_of<const T>(out_grad, queries.begin),
+           data<const float>(lse) + queries.begin,
+           lse_grad ? data<const float>(*lse_grad) + queries.begin : nullptr,
+           query.size(0),
+           grad(query_grad, queries.begin),
+           grad(key_grad, keys.begin),
+           grad(value_grad, keys.begin),
+           {},
+           false});
+    });
+    Scratch scratch{out};
+    attention_backward<T>(calls, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
+                          on_torch_threads);
+  });
+}
+
+// Each batch entry's first query stands at its own position.
+void decode(const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key, const Tensor& value,
+            const Tensor& positions, const MaybeTensor& sinks, const Tensor& numbers) {
+  with_element_type("attention_decode", query, [&](auto element) {
+    using T = decltype(element);
+    const auto entry = [](auto heads, int64_t b) {
+      heads.data = heads.at(b, 0);
+      return heads;
+    };
+    std::vector<AttentionForward<T>> calls;
+    for (int64_t b = 0; b < query.size(0); ++b) {
+      AttentionShape shape = shape_of(query, key, value.size(3));
+      AttentionPattern pattern = pattern_of({}, {}, {}, Numbers::of(numbers));
+      shape.batch = 1;
+      pattern.query_offset = data<const int32_t>(positions)[b];
+      shape.keys = std::clamp<int64_t>(pattern.query_offset + shape.queries, 0, shape.keys);
+      calls.push_back({shape, pattern, scores_of<T>({}, sinks, {}, Numbers::of(numbers)),
+                       entry(heads_of<const T>(query), b), entry(heads_of<const T>(key), b),
+                       entry(heads_of<const T>(value), b), entry(heads_of<T>(out), b),
+                       data<float>(lse) + b * shape.heads * shape.queries, shape.queries});
+    }
+    Scratch scratch{out};
+    attention_forward<T>(calls, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
+                         on_torch_threads);
+  });
+}
+
 }  // namespace
 }  // namespace pyarch
 
@@ -152,6 +276,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYARCH_NAMESPACE, library) {
       "bias_grad, bool first_bias_grad, Tensor out_grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor "
       "value, Tensor out, "
       "Tensor lse, " EXTRAS ") -> ()");
+  library.def(
+      "attention_varlen_forward(Tensor(a!) out, Tensor(b!) lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor "
+      "query_ends, Tensor key_ends, Tensor? sinks, Tensor numbers, bool at_end) -> ()");
+  library.def(
+      "attention_varlen_backward(Tensor(a!)? query_grad, Tensor(b!)? key_grad, Tensor(c!)? value_grad, "
+      "Tensor "
+      "out_grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor "
+      "query_ends, Tensor key_ends, Tensor? sinks, Tensor numbers, bool at_end) -> ()");
+  library.def(
+      "attention_decode(Tensor(a!) out, Tensor(b!) lse, Tensor query, Tensor key, Tensor value, Tensor "
+      "positions, Tensor? sinks, Tensor numbers) -> ()");
   library.def("attention_weights(Tensor(a!) weights, Tensor query, Tensor key, Tensor lse, bool mean, " EXTRAS
               ") -> ()");
 }
@@ -169,5 +305,8 @@ STABLE_TORCH_LIBRARY_IMPL(PYARCH_NAMESPACE, CompositeExplicitAutograd, library) 
 STABLE_TORCH_LIBRARY_IMPL(PYARCH_NAMESPACE, CPU, library) {
   library.impl("attention_forward", TORCH_BOX(&pyarch::forward));
   library.impl("attention_backward", TORCH_BOX(&pyarch::backward));
+  library.impl("attention_varlen_forward", TORCH_BOX(&pyarch::varlen_forward));
+  library.impl("attention_varlen_backward", TORCH_BOX(&pyarch::varlen_backward));
+  library.impl("attention_decode", TORCH_BOX(&pyarch::decode));
   library.impl("attention_weights", TORCH_BOX(&pyarch::weights));
 }

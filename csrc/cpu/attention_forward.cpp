@@ -26,61 +26,61 @@ struct StripState {
   bool fresh;                 // nothing seen yet
 };
 
+// One call's units of work: a key head of a batch entry with the query heads that read it.
 template <class T>
 class Forward {
   using S = Step<T>;
 
  public:
-  Forward(const AttentionForward<T>& args, int64_t threads)
+  explicit Forward(const AttentionForward<T>& args)
       : args_(args),
         shape_(args.shape),
         rule_{args.scores},
         dropout_(args.scores.dropout, args.scores.seed),
-        units_(shape_.batch * shape_.kv_heads),
         chunks_(ceil_div(shape_.queries, CHUNK<T>)),
         key_floats_(row_panels_floats<T>(shape_.keys, shape_.head_dim)),
         value_floats_(column_panels_floats<T>(shape_.keys, shape_.value_dim)),
         value_panels_(ceil_div(shape_.value_dim, PANEL)),
         query_steps_(steps_of<T>(shape_.head_dim)),
-        clears_(clears_keys(shape_, args.pattern)),
-        tasks_(attention_work(shape_), threads) {
-    whole_units_ = tasks_.share_evenly(units_);
+        clears_(clears_keys(shape_, args.pattern)) {}
+
+  int64_t units() const { return shape_.batch * shape_.kv_heads; }
+  int64_t chunks() const { return shape_.group() * chunks_; }  // of a unit
+  double unit_weight() const { return double(shape_.group() * shape_.queries) * double(shape_.keys); }
+
+  // Of a packed unit, and of what a thread works in.
+  int64_t packed_bytes() const {
+    const int64_t copied =
+        clears_ ? shape_.keys * (shape_.head_dim + shape_.value_dim) * int64_t(sizeof(T)) : 0;
+    return panel_bytes() + aligned(copied);
+  }
+  int64_t work_bytes() const {
+    return aligned(int64_t(sizeof(Work))) +
+           aligned(CHUNK_STRIPS<T> * strip_floats<T>(shape_.head_dim) * int64_t(sizeof(float))) +
+           aligned(CHUNK<T> * value_pitch() * int64_t(sizeof(float)));
   }
 
-  void run(const GiveScratch& give, const ParallelFor& parallel) {
-    const int64_t packed_bytes = aligned((key_floats_ + value_floats_) * int64_t(sizeof(float)));
-    const int64_t copy_bytes =
-        aligned(shape_.keys * (shape_.head_dim + shape_.value_dim) * int64_t(sizeof(T)));
-    const int64_t packed = whole_units_ ? tasks_.threads() : units_, copies = clears_ ? packed : 0;
-    const int64_t work_bytes =
-        aligned(int64_t(sizeof(Work))) +
-        aligned(CHUNK_STRIPS<T> * strip_floats<T>(shape_.head_dim) * int64_t(sizeof(float))) +
-        aligned(CHUNK<T> * value_pitch() * int64_t(sizeof(float)));
-    char* const memory =
-        static_cast<char*>(give(packed * packed_bytes + copies * copy_bytes + tasks_.threads() * work_bytes));
-    char* const works = memory + packed * packed_bytes + copies * copy_bytes;
-    const auto panels = [&](int64_t i) { return reinterpret_cast<float*>(memory + i * packed_bytes); };
-    const auto copy = [&](int64_t i) {
-      return reinterpret_cast<T*>(memory + packed * packed_bytes + i * copy_bytes);
-    };
+  void pack_unit(int64_t unit, bool keys, bool values, char* packed) const {
+    const int64_t b = unit / shape_.kv_heads, h = unit % shape_.kv_heads;
+    Rows<T> key = Rows<T>::of(args_.key, b, h, shape_.head_dim);
+    Rows<T> value = Rows<T>::of(args_.value, b, h, shape_.value_dim);
+    const Sight sight(shape_, args_.pattern, b);
+    if (clears_ && !sight.sees_every_key()) {
+      const std::vector<uint8_t> seen = sight.seen({h * shape_.group(), (h + 1) * shape_.group()});
+      T* const copy = reinterpret_cast<T*>(packed + panel_bytes());
+      if (keys) key = copy_kept(key, shape_.keys, seen.data(), copy);
+      if (values) value = copy_kept(value, shape_.keys, seen.data(), copy + shape_.keys * shape_.head_dim);
+    }
+    float* const panels = reinterpret_cast<float*>(packed);
+    if (keys) pack_row_panels(key, shape_.keys, panels);
+    if (values) pack_column_panels(value, shape_.keys, panels + key_floats_);
+  }
 
-    if (!whole_units_)
-      tasks_.template each<T>(2 * units_, parallel, [&](int64_t task, int64_t) {
-        pack_unit(task / 2, task % 2 == 0, task % 2 == 1, panels(task / 2),
-                  clears_ ? copy(task / 2) : nullptr);
-      });
-    const int64_t chunks = shape_.group() * chunks_;
-    tasks_.template each<T>(
-        whole_units_ ? units_ : units_ * chunks, parallel, [&](int64_t task, int64_t thread) {
-          const int64_t unit = whole_units_ ? task : task / chunks;
-          const int64_t place = whole_units_ ? thread : unit;
-          if (whole_units_) pack_unit(unit, true, true, panels(place), clears_ ? copy(place) : nullptr);
-          const Sight sight(shape_, args_.pattern, unit / shape_.kv_heads);
-          const int64_t begin = whole_units_ ? 0 : task % chunks, end = whole_units_ ? chunks : begin + 1;
-          for (int64_t chunk = begin; chunk < end; ++chunk)
-            run_chunk(sight, unit, chunk / chunks_, chunk % chunks_, panels(place),
-                      works + thread * work_bytes);
-        });
+  void run_chunks(int64_t unit, Span chunks, const char* packed, char* work) const {
+    const Sight sight(shape_, args_.pattern, unit / shape_.kv_heads);
+    const float* const panels = reinterpret_cast<const float*>(packed);
+    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk)
+      run_chunk(sight, unit, chunk / chunks_, chunk % chunks_, panels, work);
   }
 
  private:
@@ -103,20 +103,7 @@ class Forward {
   };
 
   int64_t value_pitch() const { return value_panels_ * PANEL; }
-
-  void pack_unit(int64_t unit, bool keys, bool values, float* panels, T* copy) const {
-    const int64_t b = unit / shape_.kv_heads, h = unit % shape_.kv_heads;
-    Rows<T> key = Rows<T>::of(args_.key, b, h, shape_.head_dim);
-    Rows<T> value = Rows<T>::of(args_.value, b, h, shape_.value_dim);
-    const Sight sight(shape_, args_.pattern, b);
-    if (copy && !sight.sees_every_key()) {
-      const std::vector<uint8_t> seen = sight.seen({h * shape_.group(), (h + 1) * shape_.group()});
-      if (keys) key = copy_kept(key, shape_.keys, seen.data(), copy);
-      if (values) value = copy_kept(value, shape_.keys, seen.data(), copy + shape_.keys * shape_.head_dim);
-    }
-    if (keys) pack_row_panels(key, shape_.keys, panels);
-    if (values) pack_column_panels(value, shape_.keys, panels + key_floats_);
-  }
+  int64_t panel_bytes() const { return aligned((key_floats_ + value_floats_) * int64_t(sizeof(float))); }
 
   void run_chunk(const Sight& sight, int64_t unit, int64_t head_of_group, int64_t index, const float* panels,
                  char* memory) const {
@@ -249,55 +236,112 @@ class Forward {
 
   void finish(const Chunk& chunk, Span rows, const StripState& state, float* sums) const {
     for (int64_t r = 0; r < rows.size(); ++r) {
-      float exponent = state.exponents[r], total = sum(load(state.sums + r * LANES)), factor = 1;
-      if (args_.scores.sinks) {
-        const float sink = args_.scores.sinks[chunk.head] * LOG2_E;
-        const float larger = std::max(exponent, sink);
-        if (larger > MINUS_INFINITY) {
-          factor = std::exp2(exponent - larger);
-          total = total * factor + std::exp2(sink - larger);
-          exponent = larger;
-        }
-      }
-      const float lse = total == 0 ? MINUS_INFINITY : (exponent + std::log2(total)) * LN_2;
-      args_.lse[(chunk.batch * shape_.heads + chunk.head) * shape_.queries + rows.begin + r] = lse;
+      const float* const sink = args_.scores.sinks ? args_.scores.sinks + chunk.head : nullptr;
+      const RowEnd end = RowEnd::of(state.exponents[r], sum(load(state.sums + r * LANES)), sink);
+      args_.lse[(chunk.batch * shape_.heads + chunk.head) * args_.lse_stride + rows.begin + r] = end.lse;
       T* const out = args_.out.at(chunk.batch, chunk.head) + (rows.begin + r) * args_.out.row_stride;
-      const bool none = total == 0 || state.fresh;
-      if (none)
+      if (end.factor == 0 || state.fresh)
         std::fill(out, out + shape_.value_dim, T{});
       else
         write_row(out, sums + r * value_pitch(), shape_.value_dim,
-                  broadcast(factor / total * dropout_.rescale()));
+                  broadcast(end.factor * dropout_.rescale()));
     }
   }
-
-  // Stands in for minus infinity where a row has seen nothing, so that no difference is NaN.
-  static constexpr float LOWEST = -1e30f;
 
   const AttentionForward<T>& args_;
   const AttentionShape shape_;
   const ScoreRule<T> rule_;
   const Dropout dropout_;
-  const int64_t units_, chunks_, key_floats_, value_floats_, value_panels_, query_steps_;
+  const int64_t chunks_, key_floats_, value_floats_, value_panels_, query_steps_;
   const bool clears_;
+};
+
+// All calls, the one with the heaviest units first.
+template <class T>
+class Forwards {
+ public:
+  Forwards(std::span<const AttentionForward<T>> calls, int64_t threads)
+      : calls_(heaviest_first<Forward<T>>(calls)), tasks_(attention_work(calls), threads) {
+    double all = 0;
+    for (const Forward<T>& call : calls_) {
+      units_.append(call.units());
+      all += call.unit_weight() * double(call.units());
+    }
+    whole_units_ = tasks_.share_evenly(units_.count(), calls_[0].unit_weight(), all);
+  }
+
+  void run(const GiveScratch& give, const ParallelFor& parallel) const {
+    const int64_t work_bytes = calls_[0].work_bytes();  // the same in all
+    whole_units_ ? run_units(work_bytes, give, parallel) : run_chunks(work_bytes, give, parallel);
+  }
+
+ private:
+  // Each thread packs a unit for itself.
+  void run_units(int64_t work_bytes, const GiveScratch& give, const ParallelFor& parallel) const {
+    int64_t packed_bytes = 0;
+    for (const Forward<T>& call : calls_) packed_bytes = std::max(packed_bytes, call.packed_bytes());
+    char* const memory = static_cast<char*>(give(tasks_.threads() * (packed_bytes + work_bytes)));
+    tasks_.template each<T>(units_.count(), parallel, [&](int64_t task, int64_t thread) {
+      const auto [index, unit] = units_.at(task);
+      const Forward<T>& call = calls_[index];
+      char* const packed = memory + thread * (packed_bytes + work_bytes);
+      call.pack_unit(unit, true, true, packed);
+      call.run_chunks(unit, {0, call.chunks()}, packed, packed + packed_bytes);
+    });
+  }
+
+  // All units are packed before the first chunk.
+  void run_chunks(int64_t work_bytes, const GiveScratch& give, const ParallelFor& parallel) const {
+    std::vector<int64_t> first;
+    TasksOfCalls chunks;
+    int64_t packed_bytes = 0;
+    for (const Forward<T>& call : calls_) {
+      first.push_back(packed_bytes);
+      packed_bytes += call.units() * call.packed_bytes();
+      chunks.append(call.units() * call.chunks());
+    }
+    char* const memory = static_cast<char*>(give(packed_bytes + tasks_.threads() * work_bytes));
+    const auto packed = [&](int64_t index, int64_t unit) {
+      return memory + first[index] + unit * calls_[index].packed_bytes();
+    };
+    tasks_.template each<T>(2 * units_.count(), parallel, [&](int64_t task, int64_t) {
+      const auto [index, unit] = units_.at(task / 2);
+      calls_[index].pack_unit(unit, task % 2 == 0, task % 2 == 1, packed(index, unit));
+    });
+    tasks_.template each<T>(chunks.count(), parallel, [&](int64_t task, int64_t thread) {
+      const auto [index, place] = chunks.at(task);
+      const Forward<T>& call = calls_[index];
+      const int64_t unit = place / call.chunks(), chunk = place % call.chunks();
+      call.run_chunks(unit, {chunk, chunk + 1}, packed(index, unit),
+                      memory + packed_bytes + thread * work_bytes);
+    });
+  }
+
+  const std::vector<Forward<T>> calls_;
   const Tasks tasks_;
+  TasksOfCalls units_;
   bool whole_units_;
 };
 
 }  // namespace
 
 template <class T>
-void attention_forward(const AttentionForward<T>& args, const GiveScratch& scratch, int64_t threads,
-                       const ParallelFor& parallel) {
-  if (args.shape.batch * args.shape.heads * args.shape.queries == 0) return;
-  Forward<T>(args, threads).run(scratch, parallel);
+void attention_forward(std::span<const AttentionForward<T>> calls, const GiveScratch& scratch,
+                       int64_t threads, const ParallelFor& parallel) {
+  std::vector<AttentionForward<T>> present;
+  for (const AttentionForward<T>& call : calls)
+    if (call.shape.batch * call.shape.heads * call.shape.queries != 0) present.push_back(call);
+  if (present.empty()) return;
+  if (std::all_of(present.begin(), present.end(), is_direct<T>))
+    return attention_direct<T>(present, scratch, threads, parallel);
+  Forwards<T>(present, threads).run(scratch, parallel);
 }
 
-template void attention_forward(const AttentionForward<float>&, const GiveScratch&, int64_t,
+template void attention_forward(std::span<const AttentionForward<float>>, const GiveScratch&, int64_t,
                                 const ParallelFor&);
-template void attention_forward(const AttentionForward<bfloat16>&, const GiveScratch&, int64_t,
+template void attention_forward(std::span<const AttentionForward<bfloat16>>, const GiveScratch&, int64_t,
                                 const ParallelFor&);
-template void attention_forward(const AttentionForward<float16>&, const GiveScratch&, int64_t,
+template void attention_forward(std::span<const AttentionForward<float16>>, const GiveScratch&, int64_t,
                                 const ParallelFor&);
 
 }  // namespace pyarch

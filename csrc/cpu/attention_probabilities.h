@@ -3,6 +3,8 @@
 //   x = softcap * tanh(scale * s / softcap) + bias,   p = 2^(x / ln 2 - shift)
 #pragma once
 
+#include <cmath>
+
 #include "attention.h"
 #include "attention_sight.h"
 #include "philox.h"
@@ -11,6 +13,8 @@
 namespace pyarch {
 
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+// Stands in for it where a row has seen nothing, so that no difference is NaN.
+constexpr float LOWEST = -1e30f;
 
 // The lanes that a byte each says yes to.
 #if defined(__AVX512F__)
@@ -81,6 +85,26 @@ struct ScoreRule {
     const Vec x = scores.softcap != 0 ? mul(tanh_of_it, broadcast(scores.softcap))
                                       : mul(product, broadcast(scores.scale));
     return mul(add(x, bias), broadcast(LOG2_E));
+  }
+};
+
+// What a row ends with, from its largest exponent and the sum of its powers: its lse, and what its sum of values is
+// multiplied by. A sink is one more logit.
+struct RowEnd {
+  float lse, factor;
+
+  static RowEnd of(float exponent, float total, const float* sink) {
+    float factor = 1;
+    if (sink) {
+      const float of_sink = *sink * LOG2_E, larger = std::max(exponent, of_sink);
+      if (larger > MINUS_INFINITY) {
+        factor = std::exp2(exponent - larger);
+        total = total * factor + std::exp2(of_sink - larger);
+        exponent = larger;
+      }
+    }
+    if (total == 0) return {MINUS_INFINITY, 0};
+    return {(exponent + std::log2(total)) * LN_2, factor / total};
   }
 };
 

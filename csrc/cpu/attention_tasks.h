@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
+#include <vector>
 
 #include "attention_operands.h"
 
@@ -18,6 +20,27 @@ constexpr int64_t CHUNK = CHUNK_STRIPS<T> * STRIP<T>;
 inline double attention_work(const AttentionShape& shape) {
   return double(shape.batch * shape.heads) * double(shape.queries) * double(std::min(shape.keys, KEY_BLOCK)) *
          double(shape.head_dim + shape.value_dim);
+}
+
+template <class Call>
+double attention_work(std::span<const Call> calls) {
+  double work = 0;
+  for (const Call& call : calls) work += attention_work(call.shape);
+  return work;
+}
+
+// One Made of each call; those whose units weigh most come first.
+template <class Made, class Call>
+std::vector<Made> heaviest_first(std::span<const Call> calls) {
+  std::vector<Made> made;
+  for (const Call& call : calls) made.emplace_back(call);
+  std::vector<int64_t> order(made.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return made[a].unit_weight() > made[b].unit_weight(); });
+  std::vector<Made> sorted;
+  for (const int64_t index : order) sorted.push_back(made[index]);
+  return sorted;
 }
 
 // Whether some batch entry may have keys that no query sees.
@@ -38,6 +61,12 @@ class Tasks {
   // Whether all threads have about as much to do when each takes whole ones of `tasks`.
   bool share_evenly(int64_t tasks) const {
     return threads_ == 1 || tasks % threads_ == 0 || tasks >= 4 * threads_;
+  }
+
+  // The same of tasks that differ, the heaviest of which is taken first.
+  bool share_evenly(int64_t tasks, double heaviest, double all) const {
+    return heaviest * double(tasks) == all ? share_evenly(tasks)
+                                           : threads_ == 1 || heaviest * double(4 * threads_) <= all;
   }
 
   // Calls body(task, thread) once for every task, with tile registers set up where T needs them.
@@ -69,6 +98,24 @@ class Tasks {
   static constexpr double THREAD_WORK = 256 * 1024;  // multiply-adds that are worth a thread
 
   const int64_t threads_;
+};
+
+// The tasks of several calls, one call's behind another's.
+class TasksOfCalls {
+ public:
+  void append(int64_t tasks) { ends_.push_back(count() + tasks); }
+  int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
+
+  struct Place {
+    int64_t call, task;
+  };
+  Place at(int64_t task) const {
+    const int64_t call = std::upper_bound(ends_.begin(), ends_.end(), task) - ends_.begin();
+    return {call, call ? task - ends_[call - 1] : task};
+  }
+
+ private:
+  std::vector<int64_t> ends_;
 };
 
 }  // namespace pyarch

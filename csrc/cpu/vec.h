@@ -273,6 +273,30 @@ ALWAYS_INLINE void transpose(Vec (&rows)[LANES]) {
 
 #endif
 
+// The sum of each of LANES vectors, in the lane of its number.
+ALWAYS_INLINE Vec sum_each(Vec (&rows)[LANES]) {
+  Vec twos[LANES / 2], fours[LANES / 4];
+#if defined(__AVX512F__)
+  unrolled<LANES / 2>([&](auto i) {
+    const Vec a = rows[2 * i], b = rows[2 * i + 1];
+    twos[i] = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  });
+  unrolled<LANES / 4>([&](auto i) {
+    const __m512d a = _mm512_castps_pd(twos[2 * i]), b = _mm512_castps_pd(twos[2 * i + 1]);
+    fours[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  });
+  const auto halve = [](Vec a, Vec b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halve(halve(fours[0], fours[1]), halve(fours[2], fours[3]));
+#else
+  unrolled<LANES / 2>([&](auto i) { twos[i] = _mm256_hadd_ps(rows[2 * i], rows[2 * i + 1]); });
+  unrolled<LANES / 4>([&](auto i) { fours[i] = _mm256_hadd_ps(twos[2 * i], twos[2 * i + 1]); });
+  return add(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+             _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+#endif
+}
+
 // One float rounded to an element.
 template <class T>
 ALWAYS_INLINE void from_float(float value, T& to) {

@@ -63,7 +63,7 @@ def _torch_refusals(call: DecodeCall) -> Reasons:
     if call.sinks:
         yield "sinks, stock SDPA has none"
     if 0 in (call.batch, call.queries, call.keys):
-        yield "an empty query or cache, of which stock SDPA gives no lse"
+        yield "an empty query or key, of which stock SDPA gives no lse"
 
 
 DECODE = Op(
