@@ -83,7 +83,8 @@ class AuditCase:
         return Call(
             dtype=self.dtype, precision=precision_on(architecture, self.dtype, self.precision),
             architecture=architecture, batch=BATCH, heads=HEADS, kv_heads=self.kv_heads,
-            queries=TOKENS, keys=TOKENS, head_dim=self.head_dim, value_dim=self.head_dim, scale=self.head_dim**-0.5,
+            queries=TOKENS, keys=TOKENS, head_dim=self.head_dim, value_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
             has_mask=self.scattered, has_bias=self.changed, **pattern_of(settings, self.scattered),
         )  # fmt: skip
 

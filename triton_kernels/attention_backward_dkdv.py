@@ -126,9 +126,9 @@ def attention_backward_dkdv_kernel(
 
     Grid: (B * Hk * step * tiles,), where every residue class of keys has `tiles` tiles, fastest; with starts
     (Hk * slots,). The heads that read the key head follow each other; GROUPED: there are several. q, k, v,
-    dout fp32, fp16 or bf16, any strides; lse and delta (B, H, Tq) fp32, contiguous; mask, padding, global_mask
-    uint8 or None, broadcast dimensions with stride 0. Sums in fp32; P and dproduct are rounded to the inputs'
-    type where they enter a product.
+    dout fp32, fp16 or bf16, any strides; lse and delta (B, H, Tq) fp32, contiguous; mask, padding and
+    global_mask uint8 or None, broadcast dimensions with stride 0. Sums in fp32; P and dproduct are rounded to
+    the inputs' type where they enter a product.
     """
     # Shows the compiler that ALIGN divides the strides of rows, so that they are read in vectors of so many.
     stride_qt = stride_qt // ALIGN * ALIGN
@@ -192,8 +192,8 @@ def attention_backward_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # One loop over the heads and their tiles: of two, one in the other, the compiler spills registers.
-    q_ptr += hk * group * stride_qh
-    do_ptr += hk * group * stride_yh
+    q_ptr += b * stride_qb + hk * group * stride_qh
+    do_ptr += b * stride_yb + hk * group * stride_yh
     first_head = b * H + hk * group
     lse_ptr += first_head * residuals
     if delta_ptr is not None:
