@@ -31,7 +31,7 @@ from pyarch.triton_kernels.launch import Launch, Requirement
 
 SCHEMA = 1
 WORKERS = 2
-OPERATORS = ("conv", "recurrent", "recurrent_persistent", "attention")
+OPERATORS = ("conv", "recurrent", "recurrent_persistent", "attention", "attention_varlen", "attention_decode")
 TILE_NAMES = ("TW", "GROUP", "STAGES", "UNITS", "RESIDENT")
 FIGURES = {
     "registers": int,

@@ -351,7 +351,9 @@ ROW = dict(
 
 
 def table_with(row: dict) -> dict:
-    return {"schema": 1, "architectures": {"default": {"measured_on": None, "rows": [row]}}}
+    splitting = {"programs_per_multiprocessor": 2, "tiles_at_least": 4}
+    default = {"measured_on": None, "splitting": splitting, "rows": [row]}
+    return {"schema": 1, "architectures": {"default": default}}
 
 
 @pytest.mark.parametrize(
@@ -362,6 +364,10 @@ def table_with(row: dict) -> dict:
         (
             {"schema": 1, "architectures": {"default": {"rows": []}}},
             "default.measured_on: needs a device name or null",
+        ),
+        (
+            {"schema": 1, "architectures": {"default": {"measured_on": None, "rows": []}}},
+            "default.splitting.programs_per_multiprocessor: needs a positive integer, not None",
         ),
         (table_with({}), r"default.rows\[0\]: needs exactly"),
         (table_with(ROW | {"kernel": "forwards"}), r"rows\[0\].kernel: needs one of .*, not 'forwards'"),

@@ -17,7 +17,9 @@ import triton.language as tl  # noqa: E402
 from benchmarks import audit, audit_compile, machine_code  # noqa: E402
 from pyarch.triton_kernels import (  # noqa: E402
     attention_audit,
+    attention_decode_audit,
     attention_tuning,
+    attention_varlen_audit,
     conv_audit,
     recurrent_audit,
     recurrent_tuning,
@@ -214,7 +216,7 @@ def test_audit_reaches_every_row_of_the_attention_tile_table(target, monkeypatch
         return look_up(self, kernel, product, scores, width)
 
     monkeypatch.setattr(attention_tuning.Tuning, "tile", tile)
-    for case in attention_audit.AUDIT:
+    for case in (*attention_audit.AUDIT, *attention_varlen_audit.AUDIT, *attention_decode_audit.AUDIT):
         case.launches(target)
     rows = attention_tuning.tuning(target).rows
     # AMD's matrix units have no tf32: a call there asks for ieee, and the rows that it inherits are idle.

@@ -42,11 +42,13 @@ class AuditCase:
     is_causal: bool = False
     changed: bool = False
     scattered: bool = False
+    kv_heads: int = HEADS
 
     @property
     def label(self) -> str:
         kind = "bf16" if self.dtype == BF16 else f"fp32 {self.precision}"
         parts = ["causal"] * self.is_causal + ["changed"] * self.changed + ["scattered"] * self.scattered
+        parts += ["grouped"] * (self.kv_heads < HEADS)
         return " ".join([f"D {self.head_dim} {kind}", *(parts or ["dense"])])
 
     def requirement(self, kernel: str) -> Requirement:
@@ -80,8 +82,9 @@ class AuditCase:
         )  # fmt: skip
         return Call(
             dtype=self.dtype, precision=precision_on(architecture, self.dtype, self.precision),
-            architecture=architecture, batch=BATCH, heads=HEADS, kv_heads=HEADS, queries=TOKENS, keys=TOKENS,
-            head_dim=self.head_dim, value_dim=self.head_dim, scale=self.head_dim**-0.5,
+            architecture=architecture, batch=BATCH, heads=HEADS, kv_heads=self.kv_heads,
+            queries=TOKENS, keys=TOKENS, head_dim=self.head_dim, value_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
             has_mask=self.scattered, has_bias=self.changed, **pattern_of(settings, self.scattered),
         )  # fmt: skip
 
@@ -93,7 +96,8 @@ class AuditCase:
         if self.precision == "tf32" and not architecture.startswith("sm_"):
             return []
         call, extras = self.call(architecture), self.extras()
-        q, k, v, out = (self.empty(BATCH, HEADS, TOKENS, self.head_dim) for _ in range(4))
+        q, out = (self.empty(BATCH, HEADS, TOKENS, self.head_dim) for _ in range(2))
+        k, v = (self.empty(BATCH, self.kv_heads, TOKENS, self.head_dim) for _ in range(2))
         lse = self.empty(BATCH, HEADS, TOKENS, dtype=FP32)
         mean = self.empty(BATCH, TOKENS, TOKENS)
         inputs = Inputs(q, k, v, out, lse, lse, extras)
@@ -111,12 +115,12 @@ class AuditCase:
         """Least bytes and floating-point operations of the forward (two products) and of the backward (five),
         each tensor moved once; a causal call needs half of the operations."""
         rows = BATCH * HEADS * TOKENS
-        moved = rows * self.head_dim * self.dtype.itemsize
+        moved = BATCH * (HEADS + self.kv_heads) * TOKENS * self.head_dim * self.dtype.itemsize
         product = 2 * rows * TOKENS * self.head_dim // (2 if self.is_causal else 1)
         return {
-            "forward_bytes": 4 * moved + 4 * rows,
+            "forward_bytes": 2 * moved + 4 * rows,
             "forward_flops": 2 * product,
-            "backward_bytes": 8 * moved + 4 * rows,
+            "backward_bytes": 4 * moved + 4 * rows,
             "backward_flops": 5 * product,
         }
 
@@ -130,6 +134,8 @@ AUDIT = (
     AuditCase(64, passes=("dkdv", "dq"), changed=True),
     AuditCase(256, passes=("dkdv", "dq"), changed=True),
     AuditCase(256, passes=("forward",), scattered=True),
+    AuditCase(128, passes=("dkdv",), changed=True, kv_heads=2),
+    AuditCase(64, FP32, passes=("dkdv",), changed=True, kv_heads=2),
     AuditCase(64, FP32, passes=("forward", "weights", "dkdv", "dq", "bias"), changed=True),
     AuditCase(128, FP32),
     AuditCase(256, FP32, passes=("forward",)),

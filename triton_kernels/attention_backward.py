@@ -15,7 +15,16 @@ from torch import Tensor
 from .attention_backward_bias import attention_backward_bias_kernel
 from .attention_backward_dkdv import attention_backward_dkdv_kernel
 from .attention_backward_dq import attention_backward_dq_kernel
-from .attention_call import Call, alignment_of, broadcast_strides, extras_named, strides_named
+from .attention_call import (
+    Call,
+    Starts,
+    alignment_of,
+    broadcast_strides,
+    extras_named,
+    starts_named,
+    strides_named,
+    tiles_of,
+)
 from .attention_delta import attention_delta_kernel
 from .attention_plan import arguments_of
 from .attention_tiles import NARROWEST
@@ -33,11 +42,6 @@ def width_of(number: int) -> int:
     return max(NARROWEST, 1 << max(number - 1, 0).bit_length())
 
 
-def class_tiles(call: Call, length: int, block: int) -> int:
-    """Tiles of the longest residue class of `length` positions."""
-    return triton.cdiv(triton.cdiv(length, call.step), block)
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What the kernels of dq, of dk and dv, and of the bias read; delta None where dv alone is wanted."""
@@ -49,6 +53,7 @@ class Inputs:
     lse: Tensor
     delta: Tensor | None
     extras: tuple
+    starts: Starts | None = None
 
     def launch(
         self, kernel, name: str, programs: int, call: Call, arguments: dict, constants: dict[str, bool]
@@ -56,14 +61,14 @@ class Inputs:
         """A kernel with the tile of the table's row `name`, over so many tiles of residue classes."""
         tile = call.tile(name)
         tensors = (self.query, self.key, self.value, self.grad_out)
-        named = extras_named(self.extras, call) | call.numbers() | arguments
+        named = extras_named(self.extras, call) | call.numbers() | starts_named(self.starts) | arguments
         for tensor, letter in zip(tensors, "qkvy", strict=True):
             named |= strides_named(tensor, letter, "bhtd")
         named |= dict(zip(("q_ptr", "k_ptr", "v_ptr", "do_ptr"), tensors, strict=True))
         named |= dict(lse_ptr=self.lse, delta_ptr=self.delta)
         flags = call.flags() | dict(
-            D=call.head_dim, DV=call.value_dim, PRECISION=call.precision, ALIGN=alignment_of(*tensors),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            D=call.head_dim, DV=call.value_dim, AT_END=call.at_end, PRECISION=call.precision,
+            ALIGN=alignment_of(*tensors), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_D=width_of(call.head_dim), BLOCK_DV=width_of(call.value_dim),
         )  # fmt: skip
         return Launch(
@@ -98,29 +103,29 @@ def plan_delta(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | Non
 
 def plan_dkdv(call: Call, inputs: Inputs, dk: Tensor | None, dv: Tensor | None) -> Launch:
     """dk and dv, or one of them."""
-    tiles = class_tiles(call, call.keys, call.tile("backward_dkdv").block_n)
-    arguments = dict(dk_ptr=dk, dv_ptr=dv, tiles=tiles)
+    tiles = tiles_of(call, call.keys, call.tile("backward_dkdv").block_n)
+    arguments = dict(dk_ptr=dk, dv_ptr=dv, tiles=tiles // call.step)
     arguments |= strides_named(inputs.key if dk is None else dk, "dk", "bhtd")
     arguments |= strides_named(inputs.value if dv is None else dv, "dv", "bhtd")
     return inputs.launch(
         attention_backward_dkdv_kernel,
         "backward_dkdv",
-        call.batch * call.kv_heads * tiles * call.step,
+        call.batch * call.kv_heads * tiles,
         call,
         arguments,
-        dict(NEED_DK=dk is not None, NEED_DV=dv is not None),
+        dict(GROUPED=call.heads > call.kv_heads, NEED_DK=dk is not None, NEED_DV=dv is not None),
     )
 
 
 def plan_dq(call: Call, inputs: Inputs, dq: Tensor) -> Launch:
     """dq."""
-    tiles = class_tiles(call, call.queries, call.tile("backward_dq").block_m)
+    tiles = tiles_of(call, call.queries, call.tile("backward_dq").block_m)
     return inputs.launch(
         attention_backward_dq_kernel,
         "backward_dq",
-        call.batch * call.heads * tiles * call.step,
+        call.batch * call.heads * tiles,
         call,
-        dict(dq_ptr=dq, tiles=tiles) | strides_named(dq, "dq", "bhtd"),
+        dict(dq_ptr=dq, tiles=tiles // call.step) | strides_named(dq, "dq", "bhtd"),
         {},
     )
 
@@ -173,6 +178,7 @@ def run(
     lse: Tensor,
     extras,
     needs: Sequence[bool],
+    starts: Starts | None = None,
 ) -> Gradients:
     """Gradients (query, key, value, bias, sinks) of the operator; None where not needed.
 
@@ -181,7 +187,8 @@ def run(
         grad_out: (B, H, Tq, Dv), any strides, also expanded ones.
         grad_lse: (B, H, Tq) float32, or None for zeros.
         out, lse: what the forward returned; lse contiguous.
-        needs: which of the five to compute. The other arguments are those of the forward.
+        needs: which of the five to compute.
+        starts: of sequences in a batch of one, or None. The other arguments are those of the forward.
 
     Returns:
         Each in its tensor's dtype, dense, in its tensor's order of dimensions.
@@ -201,7 +208,7 @@ def run(
     if any((needs[0], needs[1], needs[3], needs[4])):
         delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
         launches.append(plan_delta(call, out, grad_out, grad_lse, delta))
-    inputs = Inputs(query, key, value, grad_out, lse, delta, extras)
+    inputs = Inputs(query, key, value, grad_out, lse, delta, extras, starts)
     if dk is not None or dv is not None:
         launches.append(plan_dkdv(call, inputs, dk, dv))
     if dq is not None:

@@ -4,7 +4,7 @@
 
 dproduct and what may be NaN: see attention_backward_tiles. A program owns a tile of queries and walks the
 keys that they see, as the forward does, so that each sum is made in one place and in one order (ranges,
-residue classes: attention_mask).
+residue classes: attention_mask). Sequences of unequal length: as in attention_forward.
 
 Legend: see attention_backward_tiles; Hk key and value heads.
 """
@@ -25,6 +25,7 @@ from .attention_mask import (
     unpadded,
     visible_tile,
 )
+from .attention_sequences import sequence_bounds, sequence_tile
 from .attention_tiles import load_piece, store_piece
 
 
@@ -79,8 +80,8 @@ def add_keys(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    mask_ptr, bias_ptr, padding_ptr, global_ptr, seed_ptr,
-    H, group, Tq, Tk, T, tiles,
+    mask_ptr, bias_ptr, padding_ptr, global_ptr, seed_ptr, starts_q_ptr, starts_k_ptr,
+    H, group, Tq, Tk, T, tiles, sequences,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -91,16 +92,16 @@ def attention_backward_dq_kernel(
     stride_pb, stride_ps, stride_gb, stride_gt,
     scale, softcap, left, right, ahead, dilation, step, query_offset, global_tokens, threshold, keep_scale,
     LATTICE: tl.constexpr, CLASSES: tl.constexpr, HAS_GLOBAL: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, AT_END: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head (equation: file head).
 
     Grid: (B * H * step * tiles,), where every residue class of queries has `tiles` tiles, fastest and the
-    last first, because with causality those take longest. q, k, v, dout fp32, fp16 or bf16, any strides; lse
-    and delta (B, H, Tq) fp32, contiguous; mask, padding, global_mask uint8 or None, broadcast dimensions with
-    stride 0. Sums in fp32; dproduct is rounded to the inputs' type where it enters a product.
+    last first, because with causality those take longest; with starts (H * slots,). q, k, v, dout fp32, fp16
+    or bf16, any strides; lse and delta (B, H, Tq) fp32, contiguous; mask, padding, global_mask uint8 or None,
+    broadcast dimensions with stride 0. Sums in fp32; dproduct is rounded to the inputs' type in its product.
     """
     # Shows the compiler that ALIGN divides the strides of rows, so that they are read in vectors of so many.
     stride_qt = stride_qt // ALIGN * ALIGN
@@ -114,7 +115,30 @@ def attention_backward_dq_kernel(
     b, h = head // H, head % H
     hk = h // group
     query_residue = tile // tiles
-    first = (tiles - 1 - tile % tiles) * BLOCK_M
+    number = tiles - 1 - tile % tiles
+
+    q_ptr += b * stride_qb + h * stride_qh
+    do_ptr += b * stride_yb + h * stride_yh
+    k_ptr += b * stride_kb + hk * stride_kh
+    v_ptr += b * stride_vb + hk * stride_vh
+    lse_ptr += head * Tq
+    delta_ptr += head * Tq
+    begin_q = 0
+    if starts_q_ptr is not None:
+        sequence, number = sequence_tile(number, starts_q_ptr, sequences, BLOCK_M)
+        begin_q, Tq = sequence_bounds(sequence, starts_q_ptr)
+        begin_k, Tk = sequence_bounds(sequence, starts_k_ptr)
+        q_ptr += begin_q * stride_qt
+        do_ptr += begin_q * stride_yt
+        k_ptr += begin_k * stride_kt
+        v_ptr += begin_k * stride_vt
+        lse_ptr += begin_q
+        delta_ptr += begin_q
+        if AT_END:
+            query_offset = Tk - Tq
+        # A tile behind its sequence has no keys to visit.
+        Tk = tl.where(number * BLOCK_M < Tq, Tk, 0)
+    first = number * BLOCK_M
     rows = query_residue + step * (first + tl.arange(0, BLOCK_M))
     exist = rows < Tq
     last = tl.minimum(first + BLOCK_M, units_of(Tq, query_residue, step)) - 1
@@ -138,28 +162,18 @@ def attention_backward_dq_kernel(
     )  # fmt: skip
     edges = edge_count(begin, outside, lo, full_lo, full_hi, end, BLOCK_N)
 
-    lse, delta = load_residuals(lse_ptr + head * Tq, delta_ptr + head * Tq, rows, exist)
+    lse, delta = load_residuals(lse_ptr, delta_ptr, rows, exist)
     if bias_ptr is not None:
         readable = exist & (lse < float("inf"))
     else:
         readable = exist
-    q = load_piece(
-        q_ptr + b * stride_qb + h * stride_qh, rows.to(tl.int64) * stride_qt, exist, stride_qd, D, 0, BLOCK_D
-    )
-    do = load_piece(
-        do_ptr + b * stride_yb + h * stride_yh,
-        rows.to(tl.int64) * stride_yt,
-        readable,
-        stride_yd,
-        DV,
-        0,
-        BLOCK_DV,
-    )
+    q = load_piece(q_ptr, rows.to(tl.int64) * stride_qt, exist, stride_qd, D, 0, BLOCK_D)
+    do = load_piece(do_ptr, rows.to(tl.int64) * stride_yt, readable, stride_yd, DV, 0, BLOCK_DV)
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    k_rows = (k_ptr + b * stride_kb + hk * stride_kh, stride_kt, stride_kd)
-    v_rows = (v_ptr + b * stride_vb + hk * stride_vh, stride_vt, stride_vd)
+    k_rows = (k_ptr, stride_kt, stride_kd)
+    v_rows = (v_ptr, stride_vt, stride_vd)
     sizes = (Tq, Tk)
     window = (left, right, ahead, dilation, query_offset)
     tests = (mask_ptr, stride_mt, stride_ms, padding_ptr, stride_ps, global_tokens, global_ptr, stride_gt, T)
@@ -187,13 +201,6 @@ def attention_backward_dq_kernel(
             LATTICE, HAS_GLOBAL, HAS_SOFTCAP, HAS_DROPOUT, CLASSES, D, DV,
             False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    store_piece(
-        dq_ptr + b * stride_dqb + h * stride_dqh,
-        dq * scale,
-        rows.to(tl.int64) * stride_dqt,
-        exist,
-        stride_dqd,
-        D,
-        0,
-        BLOCK_D,
-    )
+    dq_ptr += b * stride_dqb + h * stride_dqh
+    own = begin_q + rows.to(tl.int64)
+    store_piece(dq_ptr, dq * scale, own * stride_dqt, exist, stride_dqd, D, 0, BLOCK_D)

@@ -22,7 +22,7 @@ from .attention_mask import LOG2E, cap, cap_slope, kept_tile, scores_in_base_2
 UNSPECIALIZED = [
     "H", "Tq", "Tk", "T", "tiles", "left", "right", "ahead", "dilation", "query_offset", "global_tokens",
     "threshold", "bias_batches", "bias_heads", "shared_heads", "tiles_m", "tiles_n", "walked_m", "readers",
-    "readers_each",
+    "readers_each", "sequences",
 ]  # fmt: skip
 
 

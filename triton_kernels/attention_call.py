@@ -5,11 +5,13 @@ Shapes, strides and dtypes only, so meta tensors do. Legend: see attention_mask.
 
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attention_mask import FAR
+from .attention_sequences import slots_of
 from .attention_tiles import NARROWEST
 from .attention_tuning import Tile, tuning
 
@@ -27,6 +29,8 @@ class Call:
         has_global: whether global tokens are exempt from a window.
         has_mask, has_bias: whether there is a bool mask, or a bias.
         tiles_of_neighbours: whether tiles hold neighbours in spite of a dilation.
+        sequences: how many lie one behind the other in Tq and in Tk (attention_sequences), None for a batch.
+        at_end: whether the last query of each sequence stands at its last key, in place of query_offset.
         The others are those of the operator's settings.
     """
 
@@ -53,6 +57,8 @@ class Call:
     has_mask: bool = False
     has_bias: bool = False
     tiles_of_neighbours: bool = False
+    sequences: int | None = None
+    at_end: bool = False
 
     @property
     def step(self) -> int:
@@ -69,7 +75,7 @@ class Call:
         return 0 < self.dropout_p < 1
 
     def tile(self, kernel: str) -> Tile:
-        """The tile of a kernel, "forward", "weights", "backward_dkdv", "backward_dq" or "backward_bias".
+        """The tile of a kernel, one of attention_tuning.KERNELS.
 
         Raises:
             NotImplementedError: heads wider than any row of the table.
@@ -158,7 +164,23 @@ def alignment_of(*tensors: Tensor) -> int:
     return gcd(NARROWEST, *(stride for tensor in tensors for stride in tensor.stride()[:3]))
 
 
-def query_blocks(call: Call, block_m: int) -> int:
-    """Query tiles of a head, those of every residue class counted."""
-    largest_class = -(-call.queries // call.step)
-    return -(-largest_class // block_m) * call.step
+class Starts(NamedTuple):
+    """Where sequences begin among the tokens of queries and of keys: (sequences + 1,) int32, contiguous."""
+
+    queries: Tensor
+    keys: Tensor
+
+
+def starts_named(starts: Starts | None) -> dict[str, Tensor | int | None]:
+    """The sequences as arguments; None for a batch."""
+    if starts is None:
+        return dict(starts_q_ptr=None, starts_k_ptr=None, sequences=0)
+    return dict(starts_q_ptr=starts.queries, starts_k_ptr=starts.keys, sequences=len(starts.queries) - 1)
+
+
+def tiles_of(call: Call, length: int, block: int) -> int:
+    """Tiles of `length` tokens of a head, those of every residue class or sequence counted."""
+    if call.sequences is not None:
+        return slots_of(length, call.sequences, block)
+    largest_class = -(-length // call.step)
+    return -(-largest_class // block) * call.step

@@ -13,6 +13,9 @@ scale folded in. Tiles that every query sees whole come first and test nothing b
 of the pattern test each score; tiles beyond it are not visited. A sink is a score without a value: m and l
 begin with it (Xiao et al., 2023, arXiv:2309.17453).
 
+With sequences of unequal length (attention_sequences) the batch is 1, and a program takes its sequence for
+the whole: Tq, Tk and positions are the sequence's.
+
 Legend: see attention_mask and attention_tiles; Dv the width of values, `group` H / Hk.
 """
 
@@ -20,7 +23,6 @@ import triton
 import triton.language as tl
 
 from .attention_mask import (
-    LN2,
     LOG2E,
     any_visible,
     edge_count,
@@ -35,19 +37,22 @@ from .attention_mask import (
     unpadded,
     visible_tile,
 )
+from .attention_sequences import sequence_bounds, sequence_tile
+from .attention_softmax import online_softmax, weight_and_lse
 from .attention_tiles import load_piece, store_piece
 
 # Whatever these are, one compilation serves.
 UNSPECIALIZED = [
-    "H", "Tq", "Tk", "T", "blocks", "left", "right", "ahead", "dilation", "query_offset", "global_tokens",
-    "threshold",
+    "H", "Tq", "Tk", "T", "blocks", "sequences", "left", "right", "ahead", "dilation", "query_offset",
+    "global_tokens", "threshold",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, padding_ptr, global_ptr, sinks_ptr, seed_ptr, out_ptr, lse_ptr,
-    H, group, Tq, Tk, T, blocks,
+    starts_q_ptr, starts_k_ptr,
+    H, group, Tq, Tk, T, blocks, sequences,
     scale, softcap, threshold, keep_scale,
     left, right, ahead, dilation, step, query_offset, global_tokens,
     stride_qb, stride_qh, stride_qt, stride_qd,
@@ -59,7 +64,7 @@ def attention_forward_kernel(
     stride_pb, stride_ps, stride_gb, stride_gt,
     D: tl.constexpr, DV: tl.constexpr, LATTICE: tl.constexpr, CLASSES: tl.constexpr,
     HAS_GLOBAL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    FOLDED: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    FOLDED: tl.constexpr, AT_END: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr,
 ):  # fmt: skip
@@ -68,9 +73,11 @@ def attention_forward_kernel(
     Grid: (B * H * blocks,), the query tiles of a head adjacent, last ones first, because with causality they
     take longest. q (B, H, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, Dv) and out (B, H, Tq, Dv) in one of fp32,
     fp16, bf16, any strides; lse (B, H, Tq) fp32 contiguous. mask (uint8) and bias (B, H, Tq, Tk) by broadcast
-    strides, padding (B, Tk) and global (B, T) uint8, sinks (H,), seed one int64; each or None. FOLDED: scores
-    are q k^T times a positive number, so that their maximum may be scaled after it is found. Pieces of D:
-    BLOCK_D and REST_D, of Dv: BLOCK_DV and REST_DV. Sums in fp32; P is rounded to v's type in its product.
+    strides, padding (B, Tk) and global (B, T) uint8, sinks (H,), seed one int64; each or None. starts of
+    queries and keys (sequences + 1,) int32, or None; AT_END: each sequence's last query stands at its last
+    key. FOLDED: scores are q k^T times a positive number, so that their maximum may be scaled after it is
+    found. Pieces of D: BLOCK_D and REST_D, of Dv: BLOCK_DV and REST_DV. Sums in fp32; P is rounded to v's
+    type in its product.
     """
     # Shows the compiler that ALIGN divides strides, so that rows are read in vectors of so many.
     stride_qt = stride_qt // ALIGN * ALIGN
@@ -79,16 +86,25 @@ def attention_forward_kernel(
     head = (tl.program_id(0) // blocks).to(tl.int64)
     number = blocks - 1 - tl.program_id(0) % blocks
     b, h = head // H, head % H
-    query_residue = number % step
-    key_residue = residue_of(query_residue + query_offset, step)
-    shift = shift_of(query_residue, key_residue, query_offset, step)
-    begin_m = number // step * BLOCK_M
-    rows = query_residue + step * (begin_m + tl.arange(0, BLOCK_M))
-    exist = rows < Tq
 
     q_ptr += (b * stride_qb + h * stride_qh) // ALIGN * ALIGN
     k_ptr += (b * stride_kb + h // group * stride_kh) // ALIGN * ALIGN
     v_ptr += (b * stride_vb + h // group * stride_vh) // ALIGN * ALIGN
+    out_ptr += b * stride_ob + h * stride_oh
+    lse_ptr += head * Tq
+    if starts_q_ptr is not None:
+        sequence, number = sequence_tile(number, starts_q_ptr, sequences, BLOCK_M)
+        begin_q, Tq = sequence_bounds(sequence, starts_q_ptr)
+        begin_k, Tk = sequence_bounds(sequence, starts_k_ptr)
+        q_ptr += begin_q * stride_qt
+        k_ptr += begin_k * stride_kt
+        v_ptr += begin_k * stride_vt
+        out_ptr += begin_q * stride_ot
+        lse_ptr += begin_q
+        if AT_END:
+            query_offset = Tk - Tq
+        # A tile behind its sequence has no keys to visit.
+        Tk = tl.where(number * BLOCK_M < Tq, Tk, 0)
     if mask_ptr is not None:
         mask_ptr += b * stride_mb + h * stride_mh
     if bias_ptr is not None:
@@ -98,6 +114,12 @@ def attention_forward_kernel(
     if global_ptr is not None:
         global_ptr += b * stride_gb
 
+    query_residue = number % step
+    key_residue = residue_of(query_residue + query_offset, step)
+    shift = shift_of(query_residue, key_residue, query_offset, step)
+    begin_m = number // step * BLOCK_M
+    rows = query_residue + step * (begin_m + tl.arange(0, BLOCK_M))
+    exist = rows < Tq
     first = begin_m + shift
     last = tl.minimum(begin_m + BLOCK_M, units_of(Tq, query_residue, step)) - 1 + shift
     sees_all = False
@@ -156,7 +178,6 @@ def attention_forward_kernel(
                 seen = exist_k
                 if PHASE == 0 and FOLDED:
                     factor = scale * LOG2E
-                    next_highest = tl.maximum(highest, tl.max(scores, 1) * factor)
                 else:
                     factor = 1.0
                     scores = scores_in_base_2(
@@ -187,14 +208,8 @@ def attention_forward_kernel(
                             seen = exist_k & (units >= first - left // step) & (units <= last + front)
                     elif padding_ptr is not None:
                         scores = tl.where(exist_k[None, :], scores, float("-inf"))
-                    next_highest = tl.maximum(highest, tl.max(scores, 1))
 
-                # Of a row that has seen nothing the maximum is -inf, and -inf - -inf is NaN.
-                base = tl.where(next_highest == float("-inf"), 0.0, next_highest)
-                p = tl.math.exp2(scores * factor - base[:, None])
-                rescale = tl.math.exp2(highest - base)
-                highest = next_highest
-                total = total * rescale + tl.sum(p, 1)
+                p, rescale, highest, total = online_softmax(scores, factor, highest, total)
                 if HAS_DROPOUT:
                     first_col = key_residue + step * start
                     kept = kept_tile(
@@ -211,13 +226,9 @@ def attention_forward_kernel(
                         p.to(v.dtype), v_rest, acc_rest * rescale[:, None], input_precision=PRECISION
                     )
 
-    blind = total == 0.0
-    total = tl.where(blind, 1.0, total)
-    weight = tl.where(blind, 0.0, keep_scale / total)
-    out_ptr += b * stride_ob + h * stride_oh
+    weight, lse = weight_and_lse(highest, total, keep_scale)
     out_rows = rows.to(tl.int64) * stride_ot
     store_piece(out_ptr, acc * weight[:, None], out_rows, exist, stride_od, DV, 0, BLOCK_DV)
     if REST_DV > 0:
         store_piece(out_ptr, acc_rest * weight[:, None], out_rows, exist, stride_od, DV, BLOCK_DV, REST_DV)
-    lse = tl.where(blind, float("-inf"), (highest + tl.math.log2(total)) * LN2)
-    tl.store(lse_ptr + head * Tq + rows, lse, mask=exist)
+    tl.store(lse_ptr + rows, lse, mask=exist)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .attention_call import Call, alignment_of, extras_named, query_blocks, strides_named
+from .attention_call import Call, Starts, alignment_of, extras_named, starts_named, strides_named, tiles_of
 from .attention_forward import attention_forward_kernel
 from .attention_tiles import pieces_of
 from .attention_weights import attention_weights_kernel
@@ -22,14 +22,21 @@ def arguments_of(kernel, *sources: dict) -> dict:
 
 
 def plan_forward(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, extras, out: Tensor, lse: Tensor
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extras,
+    out: Tensor,
+    lse: Tensor,
+    starts: Starts | None = None,
 ) -> Launch:
     """The one launch of the forward."""
     tile = call.tile("forward")
-    blocks = query_blocks(call, tile.block_m)
+    blocks = tiles_of(call, call.queries, tile.block_m)
     (block_d, rest_d), (block_dv, rest_dv) = pieces_of(call.head_dim), pieces_of(call.value_dim)
     plain = extras.bias is None and extras.padding is None and not call.softcap
-    named = extras_named(extras, call) | call.numbers()
+    named = extras_named(extras, call) | call.numbers() | starts_named(starts)
     named |= strides_named(query, "q", "bhtd") | strides_named(key, "k", "bhtd")
     named |= strides_named(value, "v", "bhtd") | strides_named(out, "o", "bhtd")
     named |= dict(
@@ -40,8 +47,9 @@ def plan_forward(
         grid=call.batch * call.heads * blocks,
         arguments=arguments_of(attention_forward_kernel, named),
         constants=call.flags() | dict(
-            D=call.head_dim, DV=call.value_dim, FOLDED=plain and call.scale >= 0, PRECISION=call.precision,
-            ALIGN=alignment_of(query, key, value), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            D=call.head_dim, DV=call.value_dim, FOLDED=plain and call.scale >= 0, AT_END=call.at_end,
+            PRECISION=call.precision, ALIGN=alignment_of(query, key, value),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, REST_DV=rest_dv,
         ),
         options=tile.options(),

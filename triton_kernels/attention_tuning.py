@@ -6,7 +6,10 @@ tested besides the pattern ("changed": bias, bool mask, softcap, dropout, global
 registers) or not ("plain"); "any" serves both. The width is the wider one of queries and values, D and Dv.
 An architecture falls back to "default" key by key: where it has rows of its own for (kernel, product), only
 those count. `measured_on` names the device whose benchmark chose the rows and is null while they rest on the
-compile audit alone.
+compile audit alone. A row of "decode" counts rows of queries that share a key head as its block_m.
+
+`splitting` says how an architecture divides the keys of a cache: into so many programs for each of its
+multiprocessors, a stretch of keys having `tiles_at_least` tiles.
 """
 
 import functools
@@ -15,7 +18,7 @@ from typing import Any
 
 from . import tables
 
-KERNELS = ("forward", "weights", "backward_dkdv", "backward_dq", "backward_bias")
+KERNELS = ("forward", "weights", "backward_dkdv", "backward_dq", "backward_bias", "decode")
 PRODUCTS = ("16", "tf32", "ieee")
 SCORES = ("plain", "changed", "any")
 KINDS = {
@@ -28,6 +31,9 @@ KINDS = {
     "num_warps": tables.POWER_OF_TWO,
     "num_stages": tables.POSITIVE,
 }
+SPLITTING = ("programs_per_multiprocessor", "tiles_at_least")
+# Stretches that the keys of one head are divided into at most; a power of two.
+MOST_SPLITS = 128
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,19 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Splitting:
+    """How the keys of a cache are divided among programs."""
+
+    programs_per_multiprocessor: int
+    tiles_at_least: int
+
+
+@dataclass(frozen=True)
 class Tuning:
     """The rows of one architecture, fall-back rows included."""
 
     rows: tuple[dict[str, Any], ...]
+    splitting: Splitting
 
     def tile(self, kernel: str, product: str, scores: str, width: int) -> Tile:
         """The first row that fits; scores is "plain" or "changed".
@@ -76,6 +91,11 @@ def check_table(table: Any, source: str) -> None:
     """Raise ValueError, naming the place, where a table does not have the shape that `tuning` reads."""
 
     tables.check(table, source, KINDS)
+    for name, entry in table["architectures"].items():
+        for key in SPLITTING if "splitting" in entry or name == "default" else ():
+            number = entry["splitting"].get(key) if isinstance(entry.get("splitting"), dict) else None
+            kind = tables.POSITIVE
+            tables.need(kind.holds(number), source, f"{name}.splitting.{key}", f"{kind.name}, not {number!r}")
 
 
 @functools.cache
@@ -85,4 +105,8 @@ def tuning(architecture: str) -> Tuning:
     Raises:
         ValueError: the table does not have the expected shape.
     """
-    return Tuning(tables.rows_of(tables.read("attention", check_table), architecture, key_of))
+    architectures = tables.read("attention", check_table)
+    default = architectures["default"]
+    own = architectures.get(architecture, default)
+    rows = tables.rows_of(architectures, architecture, key_of)
+    return Tuning(rows, Splitting(**own.get("splitting", default["splitting"])))
