@@ -14,18 +14,23 @@ if (_sibling / "triton_kernels" / "configs").is_dir() and str(_sibling) not in _
     __path__.append(str(_sibling))
 
 from pyarch import integrations, nn, ops  # noqa: E402
+from pyarch.attention_context import attention_context  # noqa: E402
 from pyarch.dispatch import backend  # noqa: E402
 from pyarch.explain import explain  # noqa: E402
 from pyarch.info import info  # noqa: E402
+from pyarch.maps import AttentionMaps, attention_maps  # noqa: E402
 from pyarch.nn.config import Config  # noqa: E402
 from pyarch.swap import apply_report, swap, swapped  # noqa: E402
 from pyarch.swap_report import SwapReport  # noqa: E402
 from pyarch.verify import verify  # noqa: E402
 
 __all__ = [
+    "AttentionMaps",
     "Config",
     "SwapReport",
     "apply_report",
+    "attention_context",
+    "attention_maps",
     "backend",
     "explain",
     "info",

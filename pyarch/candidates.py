@@ -1,66 +1,25 @@
 """What `swap` looks for, and why a layer that looks like it is left alone.
 
 `FAMILIES` is the table: a stock class, its drop-in, what else a layer must fulfil, and a nominal call for the
-report.
+report. Classes of other packages are in guests.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 import pyarch.nn as ours
 from pyarch.dispatch import requested_backend
+from pyarch.family import Family, Obstacle, element_like
+from pyarch.guests import family_of_guest
 from pyarch.nn.config import Config
 from pyarch.nn.conv import is_depthwise
 from pyarch.nn.drop_in import DropIn
 from pyarch.retype import is_parametrized_class
 
-# Names that a subclass may not redefine, beside all that the drop-in itself defines.
-COMPUTATION = {"forward", "__call__", "_call_impl", "__reduce__", "__init_subclass__"}
 _NOMINAL_SIZE = 32
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """Why a layer is left alone: a code for programs, the reason and the way out for people."""
-
-    code: str
-    reason: str
-    hint: str = ""
-
-
-def _accepts_any(module: nn.Module) -> Obstacle | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Family:
-    """A stock class and its drop-in.
-
-    Args:
-        stock, drop_in: the classes.
-        overridable: methods of `stock` that hold its computation, beside `forward`.
-        obstacle: what keeps a layer of this class from being swapped, or None.
-        nominal: inputs that a layer of this class could be called with; they tell the report its likely
-            backend.
-    """
-
-    stock: type[nn.Module]
-    drop_in: type[DropIn]
-    overridable: frozenset[str] = frozenset()
-    obstacle: Callable[[nn.Module], Obstacle | None] = _accepts_any
-    nominal: Callable[[nn.Module], tuple[Tensor, ...]] | None = None
-
-    @property
-    def protected(self) -> set[str]:
-        """Every name that a subclass must not redefine for the drop-in to mean the same."""
-        return COMPUTATION | self.overridable | _names_between(self.drop_in, self.stock)
 
 
 def _not_depthwise(module: nn.Module) -> Obstacle | None:
@@ -76,24 +35,24 @@ def _nominal_image(module: nn.Module) -> tuple[Tensor, ...]:
     weight = module.weight
     reaches = (d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     sizes = [max(_NOMINAL_SIZE, reach) for reach in reaches]
-    return (_element_like(weight, 1, module.in_channels, *sizes),)
+    return (element_like(weight, 1, module.in_channels, *sizes),)
 
 
 def _nominal_sequence(module: nn.RNNBase) -> tuple[Tensor, ...]:
     """One sequence (T, I) of the weights' kind that holds one element."""
-    return (_element_like(next(module.parameters()), _NOMINAL_SIZE, module.input_size),)
+    return (element_like(next(module.parameters()), _NOMINAL_SIZE, module.input_size),)
 
 
 def _nominal_step(module: nn.RNNCellBase) -> tuple[Tensor, ...]:
     """One step (1, I) of the weights' kind that holds one element."""
-    return (_element_like(next(module.parameters()), 1, module.input_size),)
+    return (element_like(next(module.parameters()), 1, module.input_size),)
 
 
 def _nominal_attention(module: nn.MultiheadAttention) -> tuple[Tensor, ...]:
     """Query, key and value of one sequence, (L, E) each, of the weights' kind that hold one element."""
     weight = module.out_proj.weight
     widths = module.embed_dim, module.kdim, module.vdim
-    return tuple(_element_like(weight, _NOMINAL_SIZE, width) for width in widths)
+    return tuple(element_like(weight, _NOMINAL_SIZE, width) for width in widths)
 
 
 def _nominal_tokens(module: nn.TransformerEncoderLayer) -> tuple[Tensor, ...]:
@@ -104,10 +63,6 @@ def _nominal_tokens(module: nn.TransformerEncoderLayer) -> tuple[Tensor, ...]:
 def _nominal_tokens_and_memory(module: nn.TransformerDecoderLayer) -> tuple[Tensor, ...]:
     """A sequence and its memory, (L, E) each, of the weights' kind that hold one element."""
     return _nominal_attention(module.multihead_attn)[:2]
-
-
-def _element_like(weight: Tensor, *shape: int) -> Tensor:
-    return torch.empty((1,) * len(shape), dtype=weight.dtype, device=weight.device).expand(shape)
 
 
 # Methods of torch's recurrent layers beside forward that say what a call means.
@@ -170,12 +125,15 @@ FAMILIES = (
         _TRANSFORMER_STEPS,
         nominal=_nominal_tokens_and_memory,
     ),
+    # Of no stock class: `swap` says of it that it is pyarch's already.
+    Family(ours.WindowAttention, ours.WindowAttention),
 )
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The row of FAMILIES that a module belongs to, or None where pyarch has nothing for it."""
-    return next((family for family in FAMILIES if isinstance(module, family.stock)), None)
+    """The family that a module belongs to, or None where pyarch has nothing for it."""
+    families = (family for family in FAMILIES if isinstance(module, family.stock))
+    return next(families, None) or family_of_guest(type(module))
 
 
 def obstacle_to(module: nn.Module, family: Family) -> Obstacle | None:
@@ -184,24 +142,37 @@ def obstacle_to(module: nn.Module, family: Family) -> Obstacle | None:
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         hint = "run the model once on an input, then swap"
         return Obstacle("lazy", f"{cls.__name__} has no shapes before its first call", hint)
-    return family.obstacle(module) or _obstacle_in_class(cls, family) or _obstacle_in_instance(module)
+    return (
+        family.obstacle(module)
+        or obstacle_of_sharding(cls)
+        or _obstacle_in_class(cls, family)
+        or obstacle_in_instance(module)
+    )
 
 
-def _obstacle_in_class(cls: type, family: Family) -> Obstacle | None:
+def obstacle_of_sharding(cls: type) -> Obstacle | None:
+    """Why a class of fully_shard cannot be re-typed, or None for any other."""
     if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
         hint = "call pyarch.swap(model) before fully_shard(...)"
         return Obstacle("fully-sharded", f"{cls.__name__} is a class of fully_shard", hint)
+    return None
+
+
+def _obstacle_in_class(cls: type, family: Family) -> Obstacle | None:
     if type(cls) is not type:
         return Obstacle("metaclass", f"{cls.__name__} has the metaclass {type(cls).__name__}")
     for base in cls.__mro__[: cls.__mro__.index(family.stock)]:
         overridden = sorted(family.protected & set(vars(base)))
         if overridden and not is_parametrized_class(base):
             reason = f"{base.__name__} overrides {', '.join(overridden)}"
-            return Obstacle("overridden", reason, f"derive from pyarch.nn.{family.drop_in.__name__} instead")
+            can_derive = issubclass(family.drop_in, family.stock)
+            hint = f"derive from pyarch.nn.{family.drop_in.__name__} instead" if can_derive else ""
+            return Obstacle("overridden", reason, hint)
     return None
 
 
-def _obstacle_in_instance(module: nn.Module) -> Obstacle | None:
+def obstacle_in_instance(module: nn.Module) -> Obstacle | None:
+    """Why a module that was patched cannot be re-typed, or None."""
     if "forward" in vars(module):
         return Obstacle("patched", "the instance has a forward of its own", "swap before it is patched")
     return None
@@ -227,13 +198,3 @@ def expected_backend(module: nn.Module, family: Family, config: Config) -> tuple
     if able:
         return able[0].backend, ""
     return "torch", " | ".join(f"{each.backend}: {each.reason}" for each in kernels)
-
-
-def _names_between(cls: type, stock: type) -> set[str]:
-    """The methods and properties that the classes of a drop-in before its stock class define."""
-    before = cls.__mro__[: cls.__mro__.index(stock)]
-    members = {name: value for base in before for name, value in vars(base).items()}
-    kinds = (property, classmethod, staticmethod)
-    return {name for name, value in members.items() if callable(value) or isinstance(value, kinds)} - {
-        "__init__"
-    }

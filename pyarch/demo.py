@@ -41,7 +41,9 @@ class Shown:
     @property
     def backends(self) -> str:
         """The backends of the forwards, and after a slash those of the backwards where they differ."""
-        used = [sorted({getattr(each, way) for each in self.proof.layers}) for way in ("forward", "backward")]
+        ways = [{getattr(each, way) for each in self.proof.layers} for way in ("forward", "backward")]
+        # A frozen layer has no backward.
+        used = [sorted(names - {"-"} or names) for names in ways]
         forward, backward = (", ".join(names) for names in used)
         return forward if forward == backward else f"{forward} / {backward}"
 
@@ -126,7 +128,8 @@ def _show(name: str, device: torch.device, size: str) -> Shown:
         torch.manual_seed(0)
         model = models.build(name, size, masked=False).to(device)
     inputs = models.load(name).inputs(models.config(name, size), 0)
-    report = swap(model, rules={layers: Config(**stated) for layers, stated in patterns.items()})
+    rules = {layers: Config(**stated) for layers, stated in patterns.items()}
+    report = swap(model, rules=rules, sdpa=models.calls_sdpa(name))
     proof = verify(model, tuple(tensor.to(device) for tensor in inputs), stock=plain if patterns else None)
     return Shown(name, len(report.swapped), proof, bool(patterns))
 

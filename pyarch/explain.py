@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from pyarch.attention_context import answering
 from pyarch.copies import duplicate, same_randomness, swapped_layers
 from pyarch.dispatch import Backend, Call, Op, Verdict, recording, requested_backend
+from pyarch.in_context import has_context
 from pyarch.nested import as_arguments, floating_tensors, map_tensors, positional
-from pyarch.nn.drop_in import DropIn
+from pyarch.nn.drop_in import DropIn, left_to_torch
+from pyarch.observation import PLAIN_ATTENTION
+from pyarch.ops import scaled_dot_product_attention
 from pyarch.report import Table, as_json
 from pyarch.swap import checked_model, swap
 
@@ -105,13 +111,12 @@ def explain(model_or_op: nn.Module | Callable, *inputs) -> Explanation:
 def _explain_model(model: nn.Module, inputs: tuple) -> Explanation:
     copied = duplicate(checked_model(model), share_parameters=True)
     notes = ()
-    if not swapped_layers(copied):
+    if not swapped_layers(copied) and not has_context(copied):
         swap(copied)
         notes = ("the model is not swapped; this is what swap would bring",)
     layers = swapped_layers(copied)
     choices: list[Choice] = []
     seen: set[tuple[str, str]] = set()
-    handles = []
     for name, layer in layers.items():
 
         def note(module: DropIn, args: tuple, kwargs: dict, name: str = name) -> None:
@@ -121,13 +126,38 @@ def _explain_model(model: nn.Module, inputs: tuple) -> Explanation:
                 seen.add((name, described))
                 choices.extend(_choices_of_layer(name, described, module, given))
 
-        handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+
+    def attend(*args, **kwargs):
+        described = _described((args, kwargs))
+        if (PLAIN_ATTENTION, described) not in seen:
+            seen.add((PLAIN_ATTENTION, described))
+            choices.extend(explain_plain_attention(args, kwargs))
+        return scaled_dot_product_attention(*args, **kwargs)
+
     named = len(inputs) == 1 and isinstance(inputs[0], Mapping)
     args, kwargs = as_arguments(inputs[0] if named else inputs)
-    with same_randomness(), torch.no_grad():
+    with same_randomness(), torch.no_grad(), answering(attend):
         copied(*args, **kwargs)
     called = {name for name, _ in seen}
-    return Explanation(tuple(choices), tuple(name for name in layers if name not in called), notes)
+    expected = [*layers, PLAIN_ATTENTION] if has_context(copied) else layers
+    return Explanation(tuple(choices), tuple(name for name in expected if name not in called), notes)
+
+
+def explain_plain_attention(args: tuple, kwargs: Mapping) -> list[Choice]:
+    """The choices for a call of torch's scaled_dot_product_attention inside an `attention_context`."""
+    given = inspect.signature(scaled_dot_product_attention).bind(*args, **kwargs).arguments
+    inputs = [given.pop(name) for name in ("query", "key", "value")]
+    explained = _explain_operator(partial(scaled_dot_product_attention, **given), tuple(inputs))
+    described = _described((args, kwargs))
+    if not explained.choices:
+        verdicts = left_to_torch(described)["forward"]
+        return [Choice(PLAIN_ATTENTION, described, "forward", "torch", verdicts)]
+    named = {"layer": PLAIN_ATTENTION, "inputs": described}
+    return [
+        replace(choice, **named, operation=choice.operation.removeprefix("attention_"))
+        for choice in explained.choices
+    ]
 
 
 def _choices_of_layer(name: str, described: str, layer: DropIn, args: tuple) -> list[Choice]:

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from pyarch.attention_context import answering
 from pyarch.dispatch import Backend, Call, Op, recording
 from pyarch.nested import Arguments, floating_tensors, map_tensors
+from pyarch.ops import scaled_dot_product_attention
 
 # A layer whose operator never asked dispatch went straight to torch's own.
 STRAIGHT_TO_TORCH = "torch"
+# Stands for the plain calls of attention in a model that was swapped with sdpa=True.
+PLAIN_ATTENTION = "F.scaled_dot_product_attention"
 
 
 @dataclass
@@ -54,8 +58,11 @@ class Observed:
 
 @contextmanager
 def observing(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Observed]]:
-    """Watch the layers (of a copy) during the block; the dict fills while they run."""
-    observed = {name: Observed() for name in layers}
+    """Watch the layers (of a copy) during the block; the dict fills while they run.
+
+    Under `PLAIN_ATTENTION` it also holds the calls that an `attention_context` answers, as one layer.
+    """
+    observed = {name: Observed() for name in (*layers, PLAIN_ATTENTION)}
     # The layers whose pass this thread is in, innermost last: autograd runs a backward in threads of its own.
     current = threading.local()
 
@@ -87,13 +94,21 @@ def observing(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Observed]]:
 
         return [enter, leave]
 
+    enter_plain, leave_plain = watch(observed[PLAIN_ATTENTION])
+
+    def attend(*args, **kwargs):
+        enter_plain(None, args, kwargs)
+        output = scaled_dot_product_attention(*args, **kwargs)
+        leave_plain(None, args, kwargs, output)
+        return output
+
     handles = []
     for name, module in layers.items():
         enter, leave = watch(observed[name])
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
-        with recording(record):
+        with recording(record), answering(attend):
             yield observed
     finally:
         for handle in handles:

@@ -1,8 +1,8 @@
 """Which class makes a module run as a drop-in, and which class it had before.
 
-A plain torch.nn layer takes the drop-in itself. A subclass that overrides nothing of the computation, and the
-dynamic class of a parametrized layer, take a class rebuilt over the drop-in that remembers the one it
-replaces.
+A plain torch.nn layer takes the drop-in itself. A subclass that overrides nothing of the computation, a class
+of another package, and the dynamic class of a parametrized layer, take a class rebuilt over the drop-in that
+remembers the one it replaces.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 
 from torch import nn
 
-from pyarch.nn.drop_in import REPLACES, DropIn
+from pyarch.nn.drop_in import REPLACES, DropIn, Retyped
 
 _PARAMETRIZE = "torch.nn.utils.parametrize"
 _OWN_SLOTS = ("__dict__", "__weakref__", REPLACES)
@@ -19,10 +19,10 @@ _OWN_SLOTS = ("__dict__", "__weakref__", REPLACES)
 
 def swapped_class(cls: type[nn.Module], stock: type[nn.Module], drop_in: type[DropIn]) -> type[DropIn]:
     """The class under which a module of class `cls`, a kind of `stock`, runs as `drop_in`."""
-    if cls is stock:
+    if cls is stock and issubclass(drop_in, stock):
         return drop_in
     if is_parametrized_class(cls):
-        return _rebuilt(cls, swapped_class(cls.__bases__[0], stock, drop_in), remembers=cls)
+        return rebuilt(cls, swapped_class(cls.__bases__[0], stock, drop_in), remembers=cls)
     return _derived(cls, drop_in)
 
 
@@ -31,7 +31,7 @@ def unswapped_class(cls: type) -> type | None:
 
     A layer that was parametrized after the swap gets its dynamic class rebuilt over the stock one.
     """
-    if not issubclass(cls, DropIn):
+    if not issubclass(cls, Retyped):
         return None
     if not is_parametrized_class(cls):
         original = cls.stock_class()
@@ -40,7 +40,7 @@ def unswapped_class(cls: type) -> type | None:
     if original is not None and _parametrized_names(original) == _parametrized_names(cls):
         return original
     base = unswapped_class(cls.__bases__[0])
-    return None if base is None else _rebuilt(cls, base, remembers=None)
+    return None if base is None else rebuilt(cls, base, remembers=None)
 
 
 def is_parametrized_class(cls: type) -> bool:
@@ -52,11 +52,11 @@ def _parametrized_names(cls: type) -> set[str]:
     return {name for name, value in vars(cls).items() if isinstance(value, property)}
 
 
-def _rebuilt(cls: type, base: type, remembers: type | None) -> type:
+def rebuilt(cls: type, base: type, remembers: type | None) -> type:
     """The dynamic class of a parametrized module again, over another base; its properties are its own."""
     namespace = {name: value for name, value in vars(cls).items() if name not in _OWN_SLOTS}
     # torch leaves this out over a class that can be deep-copied, such as a drop-in.
-    namespace.setdefault("__deepcopy__", DropIn.__deepcopy__)
+    namespace.setdefault("__deepcopy__", Retyped.__deepcopy__)
     if remembers is not None:
         namespace[REPLACES] = remembers
     return type(cls.__name__, (base,), namespace)

@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from pyarch.candidates import FAMILIES, Family, Obstacle, expected_backend, family_of, obstacle_to
+from pyarch.in_context import class_in_context, obstacle_to_context
 from pyarch.nn.config import DEFAULT, Config
-from pyarch.nn.drop_in import CONFIG_ATTRIBUTE, DropIn
+from pyarch.nn.drop_in import CONFIG_ATTRIBUTE, DropIn, Retyped
 from pyarch.retype import swapped_class
 from pyarch.rules import Rule, first_match, read_rules, warn_of_idle_rules
-from pyarch.swap_report import Instruction, Record, SwapReport, read_instructions, undo
+from pyarch.swap_report import CONTEXT, Instruction, Record, SwapReport, read_instructions, undo
 
 Where = Callable[[str, nn.Module], bool]
+SDPA_HINT = "pyarch.swap(model, sdpa=True)"
 
 
 def swap(
@@ -31,6 +33,7 @@ def swap(
     rules: Mapping[str, Config | None] | None = None,
     where: Where | None = None,
     backend: str = "auto",
+    sdpa: bool = False,
     dry_run: bool = False,
     min_swaps: int = 1,
 ) -> SwapReport:
@@ -45,8 +48,13 @@ def swap(
             globs over whole layer names, or regular expressions after "re:".
         where: called with (name, layer); only layers for which it is true are swapped.
         backend: for the layers that no rule names: "auto" or a backend's name.
+        sdpa: also run the model's forward inside `pyarch.attention_context()`, whose costs and limits hold:
+            what calls torch.nn.functional.scaled_dot_product_attention runs on pyarch, on the backend that
+            `pyarch.backend(...)` says. Neither `rules`, `where` nor `backend` speak of it; of the model's
+            methods only its forward is served.
         dry_run: report what would happen and change nothing.
-        min_swaps: how many layers must be pyarch's in the end, those swapped before included.
+        min_swaps: how many layers must be pyarch's in the end, those swapped before included; the model
+            itself counts as one with `sdpa`.
 
     Returns:
         SwapReport. Print it; `report.restore()` undoes everything.
@@ -61,8 +69,10 @@ def swap(
     default = Config(backend=backend)
     decisions = [_decide(each, read, where, default) for each in _found(model)]
     warn_of_idle_rules(read, (name for decision in decisions for name in decision.record.names))
+    if sdpa:
+        decisions.insert(0, _decide_context(model))
     if not dry_run:
-        _check_enough(decisions, min_swaps)
+        _check_enough(decisions, min_swaps, sdpa)
     return _carried_out(decisions, dry_run)
 
 
@@ -73,10 +83,11 @@ def swapped(
     rules: Mapping[str, Config | None] | None = None,
     where: Where | None = None,
     backend: str = "auto",
+    sdpa: bool = False,
     min_swaps: int = 1,
 ) -> Iterator[SwapReport]:
     """`swap` for the length of a block; the model is restored at its end, also after an error."""
-    report = swap(model, rules=rules, where=where, backend=backend, min_swaps=min_swaps)
+    report = swap(model, rules=rules, where=where, backend=backend, sdpa=sdpa, min_swaps=min_swaps)
     try:
         yield report
     finally:
@@ -96,7 +107,10 @@ def apply_report(model: nn.Module, report: str | dict) -> SwapReport:
     """
     model = checked_model(model)
     found = {name: each for each in _found(model) for name in each.names}
-    decisions = [_follow(instruction, found) for instruction in read_instructions(report)]
+    decisions = [
+        _follow_context(instruction, model) if instruction.in_context else _follow(instruction, found)
+        for instruction in read_instructions(report)
+    ]
     return _carried_out(decisions, dry_run=False)
 
 
@@ -161,26 +175,30 @@ class _Decision:
 
     record: Record
     module: nn.Module
-    cls: type[DropIn] | None = None
+    cls: type[Retyped] | None = None
 
 
 def _decide(found: _Found, rules: tuple[Rule, ...], where: Where | None, default: Config) -> _Decision:
     rule = first_match(rules, found.names)
     config = rule.config if rule else default
     obstacle = _obstacle(found, config) or _exclusion(found, rule, where)
-    if obstacle is None:
-        return _to_swap(found, config)
-    record = Record(
-        found.names[0],
-        found.names,
-        _qualified(type(found.module)),
-        "",
-        "",
-        obstacle.code,
-        obstacle.reason,
-        obstacle.hint,
-    )
-    return _Decision(record, found.module)
+    return _to_swap(found, config) if obstacle is None else _left(found.names, found.module, obstacle)
+
+
+def _left(names: tuple[str, ...], module: nn.Module, obstacle: Obstacle) -> _Decision:
+    was = _qualified(type(module))
+    record = Record(names[0], names, was, "", "", obstacle.code, obstacle.reason, obstacle.hint)
+    return _Decision(record, module)
+
+
+def _decide_context(model: nn.Module) -> _Decision:
+    """Whether the model's forward will run in an `attention_context`."""
+    obstacle = obstacle_to_context(model)
+    if obstacle is not None:
+        return _left(("",), model, obstacle)
+    cls = type(model)
+    record = Record("", ("",), _qualified(cls), CONTEXT, "decided at the call", "swapped", config=DEFAULT)
+    return _Decision(record, model, class_in_context(cls))
 
 
 def _to_swap(found: _Found, config: Config) -> _Decision:
@@ -236,10 +254,22 @@ def _follow(instruction: Instruction, found: dict[str, _Found]) -> _Decision:
     return replace(decision, record=replace(decision.record, name=instruction.name))
 
 
+def _follow_context(instruction: Instruction, model: nn.Module) -> _Decision:
+    """The same where the report asks for `sdpa`."""
+    was = _qualified(type(model))
+    if instruction.name or was != instruction.was:
+        named = repr(instruction.name) if instruction.name else "the model"
+        raise ValueError(f"report: {named} was a {instruction.was} with sdpa=True, this model is a {was}")
+    decision = _decide_context(model)
+    if decision.cls is None:
+        raise ValueError(f"report: the model cannot be swapped with sdpa=True: {decision.record.reason}")
+    return decision
+
+
 # -------------------------------------------------------------------------------- re-type
 
 
-def _check_enough(decisions: list[_Decision], min_swaps: int) -> None:
+def _check_enough(decisions: list[_Decision], min_swaps: int, sdpa: bool) -> None:
     count = sum(each.cls is not None or each.record.code == "already" for each in decisions)
     if count >= min_swaps:
         return
@@ -250,7 +280,11 @@ def _check_enough(decisions: list[_Decision], min_swaps: int) -> None:
     )
     kinds = ", ".join(family.stock.__name__ for family in FAMILIES)
     lines = [f"  {number} x {was}: {reason}" for (was, reason), number in reasons.items()]
-    why = "\n".join(lines) if decisions else f"  the model holds no {kinds}"
+    if not decisions:
+        lines.append(f"  the model holds no {kinds}")
+    if not sdpa:
+        lines.append(f"  if it calls F.scaled_dot_product_attention itself: {SDPA_HINT}")
+    why = "\n".join(lines)
     raise ValueError(f"{count} layers to swap, min_swaps={min_swaps} asks for more:\n{why}")
 
 

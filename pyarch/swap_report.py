@@ -12,13 +12,15 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from pyarch.nn.config import DEFAULT, Config
-from pyarch.nn.drop_in import CONFIG_ATTRIBUTE, DropIn
+from pyarch.nn.drop_in import CONFIG_ATTRIBUTE, Retyped
 from pyarch.report import Table, as_json
 from pyarch.retype import unswapped_class
 
 SCHEMA = "pyarch.swap/1"
 # Layers left alone for these reasons are counted in the table, not listed.
 COUNTED_CODES = ("not-depthwise",)
+# What a model is now whose forward runs in such a block.
+CONTEXT = "pyarch.attention_context"
 BACKEND_NOTE = (
     "backend: as dtype and device allow; the shapes of a call decide, see pyarch.explain(model, *inputs)"
 )
@@ -26,15 +28,16 @@ BACKEND_NOTE = (
 
 @dataclass(frozen=True)
 class Record:
-    """One layer that `swap` considered.
+    """One layer that `swap` considered, or the model itself where it was asked for `sdpa`.
 
     Args:
         name: its first name in the model; "" is the model itself.
         names: all its names, more than one where the model shares the layer.
-        was, now: qualified class names.
+        was, now: qualified class names; `now` is "pyarch.attention_context" for a model asked for `sdpa`.
         backend: what its dtype and device allow; "" where the layer was left alone.
         code: "swapped", or why not: "already", "not-depthwise", "overridden", "patched", "lazy",
-            "fully-sharded", "metaclass", "scripted", "rule", "where".
+            "fully-sharded", "metaclass", "scripted", "rule", "where"; of a layer of another package also
+            "unknown-version", "attn-implementation"; of a model asked for `sdpa` also "layer", "no-forward".
         reason, hint: the same for people, and the way out.
         config: how the layer runs, or None where it was left alone.
     """
@@ -116,8 +119,10 @@ class SwapReport:
             notes.append(f"never called: {', '.join(self.never_called)}; no speedup can come from them")
         causes = list(dict.fromkeys(record.reason for record in self.swapped if record.reason))
         notes += [f"[{number}] {cause}" for number, cause in enumerate(causes, 1)]
+        layers = [record for record in self.swapped if record.now != CONTEXT]
+        beside = f", plain attention {done}" if len(layers) < len(self.swapped) else ""
         return Table(
-            f"{len(self.swapped)} of {len(self.swapped) + len(self.skipped)} layers {done}",
+            f"{len(layers)} of {len(layers) + len(self.skipped)} layers {done}{beside}",
             ("layer", "was", "now", "backend", "remark"),
             [_row(record, causes) for record in (*self.swapped, *listed)],
             notes,
@@ -161,7 +166,7 @@ def _class_to_restore(name: str, module: nn.Module) -> type:
     original = unswapped_class(type(module))
     if original is not None:
         return original
-    if not isinstance(module, DropIn):
+    if not isinstance(module, Retyped):
         return type(module)
     raise RuntimeError(
         f"layer {name!r} became a {type(module).__name__} after the swap and cannot be restored: "
@@ -185,10 +190,11 @@ def _row(record: Record, causes: list[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One swap that a stored report asks for."""
+    """One swap that a stored report asks for: of a layer, or `in_context` of the model itself."""
 
     name: str
     was: str
+    in_context: bool
     config: Config
 
 
@@ -218,7 +224,8 @@ def _instruction(record: object, where: str) -> Instruction:
     for key in ("name", "was"):
         if not isinstance(record.get(key), str):
             raise ValueError(f"report: {where}.{key} is {record.get(key)!r}, needs a text")
-    return Instruction(record["name"], record["was"], _config(record.get("config"), f"{where}.config"))
+    config = _config(record.get("config"), f"{where}.config")
+    return Instruction(record["name"], record["was"], record.get("now") == CONTEXT, config)
 
 
 def _config(values: object, where: str) -> Config:

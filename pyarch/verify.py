@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyarch import dispatch
 from pyarch.copies import (
@@ -18,11 +19,13 @@ from pyarch.copies import (
     silence_dropout,
     swapped_layers,
 )
+from pyarch.explain import explain_plain_attention
+from pyarch.in_context import class_in_context, has_context
 from pyarch.nested import Arguments, as_arguments, in_dtype, positional
 from pyarch.nn.drop_in import DropIn
-from pyarch.observation import Observed, observing
+from pyarch.observation import PLAIN_ATTENTION, Observed, observing
 from pyarch.passes import Cotangents, EndToEnd, compare_end_to_end, compare_layer, run
-from pyarch.swap import checked_model, swap
+from pyarch.swap import SDPA_HINT, checked_model, swap
 from pyarch.timing import time_passes
 from pyarch.verify_report import Comparison, LayerResult, VerifyReport
 
@@ -49,7 +52,8 @@ def verify(
     and random generators of yours stay as they are.
 
     Args:
-        model: swapped already, or stock (then a copy is swapped).
+        model: swapped already, or stock (then a copy is swapped). Swapped with `sdpa`, its plain calls of
+            torch's scaled_dot_product_attention are together one layer of the report.
         inputs: a tensor, a tuple or list of arguments, or a dict of named arguments.
         stock: what to compare with, where that is not `model` with its swap undone: such as a model of the
             same parameters that is given masks, while in `model` rules state their pattern.
@@ -87,8 +91,10 @@ def _proof(
         _layer_result(name, layer, observed[name], backward, reference_dtype)
         for name, layer in layers.items()
     )
+    if has_context(ours):
+        results += (_plain_result(observed[PLAIN_ATTENTION], backward, reference_dtype),)
     problems += _problems(results, end_to_end, backward)
-    if layers and not _ran_a_kernel(results):
+    if results and not _ran_a_kernel(results):
         problems.append(f"no layer ran a kernel of ours: {_why_not(layers, observed)}")
     notes += _notes(results, end_to_end)
     return VerifyReport(
@@ -114,7 +120,7 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
     if silenced:
         notes.append(f"dropout set to 0 in {', '.join(silenced)}")
     problems = []
-    if not swapped_layers(ours):
+    if not swapped_layers(ours) and not has_context(ours):
         report = swap(ours, min_swaps=0)
         notes.append(f"the model was not swapped; a copy was: {len(report.swapped)} layers")
         if not report.swapped:
@@ -122,6 +128,7 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
             problems.append(
                 f"nothing to swap: {'; '.join(reasons) or 'no layer of a family that pyarch has'}"
             )
+            notes.append(f"if the model calls F.scaled_dot_product_attention itself: {SDPA_HINT}")
     return ours, notes, problems
 
 
@@ -148,19 +155,46 @@ def _layer_result(
     name: str, layer: DropIn, observed: Observed, backward: bool, reference_dtype: torch.dtype
 ) -> LayerResult:
     """The layer by itself on its first input: swapped, stock and reference, from its present state."""
+    stock = make_stock_layer(duplicate(layer))
+    return _alone(name, type(layer).__name__, layer, stock, observed, backward, reference_dtype)
+
+
+class _PlainAttention(nn.Module):
+    """torch's function as a layer."""
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+def _plain_result(observed: Observed, backward: bool, reference_dtype: torch.dtype) -> LayerResult:
+    """The same of the first plain call of attention."""
+    ours = class_in_context(_PlainAttention)()
+    named = PLAIN_ATTENTION, "function"
+    return _alone(*named, ours, _PlainAttention(), observed, backward, reference_dtype)
+
+
+def _alone(
+    name: str,
+    kind: str,
+    layer: nn.Module,
+    stock_layer: nn.Module,
+    observed: Observed,
+    backward: bool,
+    reference_dtype: torch.dtype,
+) -> LayerResult:
     outputs: list[Comparison] = []
     gradients: list[Comparison] = []
     if observed.arguments is not None:
         cotangents = Cotangents()
         with observed.autocast():
-            stock = run(make_stock_layer(duplicate(layer)), observed.arguments, cotangents, backward)
+            stock = run(duplicate(stock_layer), observed.arguments, cotangents, backward)
             mine = run(duplicate(layer), observed.arguments, cotangents, backward)
-            exact = make_dtype(make_stock_layer(duplicate(layer)), reference_dtype)
+            exact = make_dtype(duplicate(stock_layer), reference_dtype)
             reference = run(exact, observed.arguments, cotangents, backward, in_dtype(reference_dtype))
         outputs, gradients = compare_layer(mine, stock, reference)
     return LayerResult(
         name,
-        type(layer).__name__,
+        kind,
         observed.calls,
         observed.forward_backend,
         observed.backward_backend,
@@ -216,6 +250,10 @@ def _why_not(layers: dict[str, DropIn], observed: dict[str, Observed]) -> str:
         if arguments is not None:
             verdicts = layer.explain(*positional(layer, arguments))["forward"]
             return " | ".join(f"{each.backend}: {each.reason}" for each in verdicts if each.reason)
+    arguments = observed[PLAIN_ATTENTION].arguments
+    if arguments is not None:
+        first = explain_plain_attention(*arguments)[0]
+        return " | ".join(f"{each.backend}: {each.reason}" for each in first.verdicts if each.reason)
     return "none of them was called"
 
 

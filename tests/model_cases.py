@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import pyarch
 from pyarch import models, native
+from pyarch.models import swin
 
 KERNELS = ("cpu", "reference")
 
@@ -23,6 +26,7 @@ class Expected:
         layers: how many there are to swap, at the real and at the tiny size.
         output: the shape of the tiny model's first output.
         learnt: the share of the first loss that forty steps of Adam leave, at most.
+        calls: of F.scaled_dot_product_attention by the tiny model itself, past all layers.
         rate: of the gradient descent whose loss curve is compared with and without pyarch: one at which the
             curve shows if a layer's weight stands still.
     """
@@ -31,6 +35,7 @@ class Expected:
     layers: tuple[int, int]
     output: tuple[int, ...]
     learnt: float = 0.75
+    calls: int = 0
     rate: float = 0.02
 
 
@@ -49,8 +54,17 @@ EXPECTED = {
     "crnn": Expected("recurrent", (2, 2), (8, 16, 4), learnt=0.5),
     "cnn_bilstm": Expected("recurrent", (1, 1), (9, 8, 5), rate=0.2),
     "encoder": Expected("attention", (4, 4), (32, 4), learnt=0.2),
+    "bert": Expected("attention", (4, 4), (32, 16, 11)),
+    "distillation": Expected("attention", (8, 6), (32, 4), learnt=0.5),
     "gpt": Expected("attention", (4, 4), (8, 33, 8), learnt=0.3),
+    "translation": Expected("attention", (10, 5), (16, 5, 8), learnt=0.5),
+    "t5": Expected("attention", (0, 0), (16, 3, 11), learnt=0.2, calls=3),
     "longformer": Expected("attention", (2, 2), (16, 24, 4), learnt=0.3),
+    "swin": Expected("attention", (12, 4), (8, 4)),
+    "vit": Expected("attention", (4, 4), (16, 4), learnt=0.1),
+    "timesformer": Expected("attention", (4, 4), (16, 2), learnt=0.1, rate=0.1),
+    "cnn_transformer": Expected("attention", (20, 8), (8, 4), learnt=0.2),
+    "rnn_transformer": Expected("attention", (6, 6), (16, 12, 4), learnt=0.1),
 }
 
 STOCK = (
@@ -59,6 +73,7 @@ STOCK = (
     nn.MultiheadAttention,
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
+    swin.WindowAttention,
 )
 
 NAMES = tuple(EXPECTED)
@@ -86,6 +101,16 @@ def trained(name: str, steps: int, rate: float = 1e-2) -> nn.Module:
         module.loss(model(*inputs), target).backward()
         optimizer.step()
     return model
+
+
+def swap(name: str, model: nn.Module, backend: str = "auto") -> pyarch.SwapReport:
+    """Swap a model as the demo does; whatever it calls itself runs on the backend only inside `running`."""
+    return pyarch.swap(model, backend=backend, sdpa=models.calls_sdpa(name))
+
+
+def running(name: str, backend: str) -> AbstractContextManager:
+    """Where swapped layers are not all of the model, the block in which the rest runs on the backend too."""
+    return pyarch.backend(backend) if models.calls_sdpa(name) else nullcontext()
 
 
 def unseen(name: str) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -97,16 +97,17 @@ def test_cli_info_as_a_table(capsys):
 
 @pytest.mark.operator("conv", "cpu")
 def test_cli_demo_of_every_model(capsys, fast, needs_cpu_kernels):
-    assert cli.main(["demo", "--size", "tiny", "--device", "cpu", "--json"]) == 0
+    # What `auto` leaves to torch depends on the machine, and may be all of a model as small as these.
+    with pyarch.backend("cpu"):
+        assert cli.main(["demo", "--size", "tiny", "--device", "cpu", "--json"]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert [each["model"] for each in document["models"]] == list(models.names())
     assert document["ok"] and document["machine"]["torch"] == torch.__version__
     for each in document["models"]:
         assert each["ok"] and each["layers"], each["model"]
-        # A small cell, such as seq2seq's, is left to torch.
-        backends = {layer["backward"] for layer in each["layers"]}
-        assert "cpu" in backends and backends <= {"cpu", "torch"}, each["model"]
+        # A frozen teacher has no backward.
+        assert {layer["backward"] for layer in each["layers"]} - {"-"} == {"cpu"}, each["model"]
         assert set(each["timing"]) == {"forward", "step"}
     assert captured.err.splitlines()[0] == f"[1/{len(models.names())}] {models.names()[0]}"
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "pyarch.integrations": {"pyarch.ops", "transformers"},
 }
 KERNELS = {"pyarch.triton_kernels", "pyarch.reference"}
-UPPER_FLOOR_PACKAGES = {"rich"}
+UPPER_FLOOR_PACKAGES = {"rich", "matplotlib"}
 MAY_REGISTER_OPERATORS = {"pyarch.ops"}
 
 

@@ -8,13 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import pyarch
 from pyarch import models
-from tests.model_cases import EXPECTED, NAMES, each_model, layers_to_swap, need, tensors, tiny
+from tests.model_cases import EXPECTED, NAMES, each_model, layers_to_swap, need, running, swap, tensors, tiny
 
 # Parameters of the published network with 1000 classes, and the width that its classifier reads.
-PUBLISHED = {"convnext": (28_589_128, 768), "mobilenet": (3_504_872, 1280)}
+PUBLISHED = {"convnext": (28_589_128, 768), "mobilenet": (3_504_872, 1280), "swin": (28_288_354, 768)}
+
+
+class SdpaCalls(TorchFunctionMode):
+    """Counts calls of F.scaled_dot_product_attention but for those inside torch's own attention."""
+
+    number = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.number += func is F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------------------------------------- as they come
@@ -65,6 +77,14 @@ def test_models_call_every_layer(name):
         module.register_forward_hook(lambda *_, layer=layer: called.add(layer))
     model(*models.load(name).inputs(models.config(name, "tiny"), seed=0))
     assert called == set(layers_to_swap(model))
+
+
+@each_model
+def test_models_call_sdpa_themselves_as_often_as_counted(name):
+    with SdpaCalls() as calls:
+        tiny(name)(*models.load(name).inputs(models.config(name, "tiny"), seed=0))
+    assert calls.number == EXPECTED[name].calls
+    assert models.calls_sdpa(name) == (calls.number > 0)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -120,8 +140,10 @@ def test_swap_takes_every_layer(name):
     model = tiny(name)
     found = layers_to_swap(model)
     drop_ins = {layer: getattr(pyarch.nn, type(module).__name__) for layer, module in found.items()}
-    report = pyarch.swap(model)
-    assert {record.name for record in report.swapped} == set(found)
+    report = swap(name, model)
+    # The model itself has no name.
+    itself = {""} if models.calls_sdpa(name) else set()
+    assert {record.name for record in report.swapped} == set(found) | itself
     for layer, module in found.items():
         assert isinstance(module, drop_ins[layer])
 
@@ -130,7 +152,7 @@ def test_swap_takes_every_layer(name):
 def test_swap_keeps_parameters_and_state_dict(name):
     model = tiny(name)
     parameters, state = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
-    pyarch.swap(model)
+    swap(name, model)
     assert [key for key, _ in model.named_parameters()] == list(parameters)
     assert all(parameter is parameters[key] for key, parameter in model.named_parameters())
     assert list(model.state_dict()) == list(state)
@@ -139,9 +161,10 @@ def test_swap_keeps_parameters_and_state_dict(name):
 
 def verified(name: str, backend: str, seed: int = 0):
     model = tiny(name)
-    pyarch.swap(model, backend=backend)
+    swap(name, model, backend)
     inputs = models.load(name).inputs(models.config(name, "tiny"), seed=seed)
-    return pyarch.verify(model, inputs, timing=False)
+    with running(name, backend):
+        return pyarch.verify(model, inputs, timing=False)
 
 
 @each_model
@@ -152,7 +175,7 @@ def test_verify_passes(name):
 
 @each_model
 def test_verify_finds_the_reference_right_but_no_kernel(name):
-    # With seed 0 torch meets one gradient of the CRNN by luck, on CPUs where MKL's kernels multiply.
+    # Of seeds 0 to 3 only 0 misses the rule, by 5 % in one gradient of the CRNN, where MKL multiplies.
     (problem,) = verified(name, "reference", seed=1).problems
     assert problem.startswith("no layer ran a kernel of ours")
 
@@ -171,7 +194,7 @@ def test_restore_is_exact(name):
         return [
             loss,
             *tensors(output),
-            *(parameter.grad for parameter in clone.parameters()),
+            *(parameter.grad for parameter in clone.parameters() if parameter.requires_grad),
             *clone.buffers(),
         ]
 
@@ -179,7 +202,7 @@ def test_restore_is_exact(name):
         return [(name, type(each), sorted(vars(each))) for name, each in model.named_modules()]
 
     before, layout_before = one_step(), layout()
-    report = pyarch.swap(model)
+    report = swap(name, model)
     assert layout() != layout_before
     report.restore()
     assert layout() == layout_before

@@ -14,12 +14,16 @@ from pyarch import models
 from pyarch.demo import demonstrate
 from pyarch.models import conformer, encoder, gpt, longformer
 from pyarch.reference.attention_mask import Extras, Settings, visible
-from tests.model_cases import ATTENTION, KERNELS, need, tensors, tiny, unseen
+from pyarch.swap_report import CONTEXT
+from tests.model_cases import ATTENTION, KERNELS, need, running, swap, tensors, tiny, unseen
 from tests.test_models_training import CURVE_TOLERANCE, SEEDS, train
 
 OPERATOR = "attention"
-# Pooled over its batch by batch normalisation, in training a Conformer gives each utterance another output.
-BY_ITSELF = tuple(name for name in ATTENTION if name != "conformer")
+# Batch normalisation pools over the batch: in training these give a row another output beside other rows.
+POOLED = ("conformer", "cnn_transformer")
+BY_ITSELF = tuple(name for name in ATTENTION if name not in POOLED)
+# The classifier of a CvT reads the class token alone, whose query no convolution of the last block touches.
+UNREAD = {"cnn_transformer": "stages.1.0.query."}
 
 
 def parameters(model: nn.Module) -> int:
@@ -47,14 +51,16 @@ def stated(name: str = "longformer", backend: str = "auto", **changed: int) -> d
 def test_attention_every_parameter_gets_a_gradient(name):
     module, model, (inputs, target) = models.load(name), tiny(name), unseen(name)
     module.loss(model(*inputs), target).backward()
-    assert [key for key, each in model.named_parameters() if not each.grad.count_nonzero()] == []
+    trained = {key: each for key, each in model.named_parameters() if each.requires_grad}
+    unread = {key for key in trained if name in UNREAD and key.startswith(UNREAD[name])}
+    assert {key for key, each in trained.items() if not each.grad.count_nonzero()} == unread
 
 
 @pytest.mark.parametrize("name", BY_ITSELF)
 def test_attention_no_row_of_a_batch_sees_another(name):
     model, (inputs, _) = tiny(name), unseen(name)
-    whole, first = model(*inputs), model(*(each[:1] for each in inputs))
-    torch.testing.assert_close(first, whole[:1])
+    whole, first = tensors(model(*inputs)), tensors(model(*(each[:1] for each in inputs)))
+    torch.testing.assert_close(first, [each[:1] for each in whole])
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -65,10 +71,12 @@ def test_attention_swapped_agrees_in_evaluation(name, backend):
     model, (inputs, _) = tiny(name).eval(), unseen(name)
     with torch.no_grad():
         stock = model(*inputs)
-        with pyarch.swapped(model, backend=backend):
+        report = swap(name, model, backend)
+        with running(name, backend):
             ours = model(*inputs)
+        report.restore()
         torch.testing.assert_close(ours, stock)
-        assert torch.equal(model(*inputs), stock)
+        assert all(map(torch.equal, tensors(model(*inputs)), tensors(stock)))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -77,8 +85,9 @@ def test_attention_verifies_in_evaluation(name, backend):
     """Forward alone, so that torch's encoder makes nested tensors of padded ones."""
     need(backend)
     model, (inputs, _) = tiny(name).eval(), unseen(name)
-    pyarch.swap(model, backend=backend)
-    proof = pyarch.verify(model, inputs, backward=False, timing=False)
+    swap(name, model, backend)
+    with running(name, backend):
+        proof = pyarch.verify(model, inputs, backward=False, timing=False)
     assert [each for each in proof.problems if not each.startswith("no layer ran a kernel of ours")] == []
     assert proof.ok == (backend != "reference")
     assert {layer.forward for layer in proof.layers} == {backend}
@@ -87,13 +96,22 @@ def test_attention_verifies_in_evaluation(name, backend):
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_swap_reaches_every_kind_of_layer(name):
     model = tiny(name)
-    now = {record.now.removeprefix("pyarch.nn.") for record in pyarch.swap(model).swapped}
+    now = {record.now.removeprefix("pyarch.nn.") for record in swap(name, model).swapped}
     of_transformer = {"TransformerEncoderLayer", "MultiheadAttention"}
     expected = {
         "conformer": {"MultiheadAttention", "Conv1d"},
         "encoder": of_transformer,
+        "bert": of_transformer,
+        "distillation": {"MultiheadAttention"},
         "gpt": of_transformer,
+        "translation": of_transformer | {"TransformerDecoderLayer"},
+        "t5": {CONTEXT},
         "longformer": {"MultiheadAttention"},
+        "swin": {"WindowAttention"},
+        "vit": of_transformer,
+        "timesformer": {"MultiheadAttention"},
+        "cnn_transformer": {"MultiheadAttention", "Conv2d"},
+        "rnn_transformer": of_transformer | {"GRU"},
     }
     assert now == expected[name]
 

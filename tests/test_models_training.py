@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import pyarch
 from pyarch import models
-from tests.model_cases import EXPECTED, KERNELS, each_model, layers_to_swap, need, tiny
+from tests.model_cases import EXPECTED, KERNELS, each_model, layers_to_swap, need, running, swap, tiny
 
 STEPS = 10
 SEEDS = (0, 1, 2)
@@ -17,6 +16,9 @@ SEEDS = (0, 1, 2)
 # A loss of fp32 carries a few roundings, and ten steps at these rates hardly amplify them: two of torch's own
 # algorithms differ by 2 eps on these models, a single frozen weight by more than 110 eps.
 CURVE_TOLERANCE = 16 * torch.finfo(torch.float32).eps
+
+# What a layer, or a model without layers to swap, loses the gradient of: the first of these that it has.
+FROZEN = ("weight", "weight_hh", "weight_hh_l0", "in_proj_weight", "qkv.weight", "encoder_bias.table.weight")
 
 
 def train(name: str, model: nn.Module, seed: int) -> tuple[list[float], list[list[torch.Tensor]]]:
@@ -75,7 +77,8 @@ def curve_distance(name: str, seed: int, change) -> tuple[int, float]:
 @each_model
 def test_training_follows_the_stock_loss_curve(name, backend):
     need(backend)
-    runs = [curve_distance(name, seed, lambda model: pyarch.swap(model, backend=backend)) for seed in SEEDS]
+    with running(name, backend):
+        runs = [curve_distance(name, seed, lambda model: swap(name, model, backend)) for seed in SEEDS]
     assert sum(steps for steps, _ in runs) > STEPS, "too little of the curves compares"
     assert max(distance for _, distance in runs) <= CURVE_TOLERANCE
 
@@ -85,10 +88,9 @@ def test_training_check_sees_a_layer_without_gradient(name):
     """The tolerance above would catch one layer that loses the gradient of one weight."""
 
     def freeze_last(model: nn.Module) -> None:
-        weights = dict(list(layers_to_swap(model).values())[-1].named_parameters())
-        name = next(
-            name for name in ("weight", "weight_hh", "weight_hh_l0", "in_proj_weight") if name in weights
-        )
+        *_, last = [model, *layers_to_swap(model).values()]
+        weights = dict(last.named_parameters())
+        name = next(name for name in FROZEN if name in weights)
         weights[name].requires_grad_(False)
 
     assert all(curve_distance(name, seed, freeze_last)[1] > 5 * CURVE_TOLERANCE for seed in SEEDS)

@@ -37,8 +37,8 @@ SIZES = [
     *({"steps": steps} for steps in (1, 2, 37)),
     *({"batch": batch} for batch in (None, 0, 1, 15, 17, 129)),
     *({"hidden": hidden} for hidden in (1, 5, 31, 33, 100, 193)),
-    # Our sums over the units run one after another, MKL's in several parts: over six seeds its error is 1.2e-7
-    # to 1.7e-7 of the largest output of an rnn and ours 3e-7 to 5e-7, with seed 0 one hundredth beyond the rule.
+    # Our sums over the units run one after another, MKL's in several parts: over six seeds its error is
+    # 1.2e-7 to 1.7e-7 of the largest output of an rnn, ours 3e-7 to 5e-7, with seed 0 a hundredth too much.
     {"hidden": 192, "seed": 1},
     *({"inputs": inputs} for inputs in (1, 3, 65)),
     {"steps": 1, "batch": 4, "inputs": 1, "hidden": 1},

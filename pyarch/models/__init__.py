@@ -27,10 +27,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a model is found: its module, and what its configurations change in REAL and TINY."""
+    """Where a model is found: its module, what its configurations change in REAL and TINY, how it is swapped.
+
+    `sdpa` is for a model that calls F.scaled_dot_product_attention itself, past all layers.
+    """
 
     module: str
     choice: dict[str, str] = field(default_factory=dict)
+    sdpa: bool = False
 
 
 # In the order in which the demo shows them.
@@ -49,8 +53,17 @@ MODELS = {
     "crnn": Entry("pyarch.models.crnn"),
     "cnn_bilstm": Entry("pyarch.models.speech"),
     "encoder": Entry("pyarch.models.encoder"),
+    "bert": Entry("pyarch.models.bert"),
+    "distillation": Entry("pyarch.models.distillation"),
     "gpt": Entry("pyarch.models.gpt"),
+    "translation": Entry("pyarch.models.translation"),
+    "t5": Entry("pyarch.models.t5", sdpa=True),
     "longformer": Entry("pyarch.models.longformer"),
+    "swin": Entry("pyarch.models.swin"),
+    "vit": Entry("pyarch.models.vit"),
+    "timesformer": Entry("pyarch.models.timesformer"),
+    "cnn_transformer": Entry("pyarch.models.cnn_transformer"),
+    "rnn_transformer": Entry("pyarch.models.rnn_transformer"),
 }
 
 # Size -> the name of the configuration in each module.
@@ -100,6 +113,16 @@ def build(name: str, size: str = "real", *, masked: bool = True) -> nn.Module:
             raise ValueError(f"model={name!r} has no patterns that could stand for its masks")
         chosen = replace(chosen, masked=False)
     return load(name).build(chosen)
+
+
+def calls_sdpa(name: str) -> bool:
+    """Return whether a model calls F.scaled_dot_product_attention itself: swap it with `sdpa=True`.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    load(name)
+    return MODELS[name].sdpa
 
 
 def patterns(name: str, size: str = "real") -> dict[str, dict[str, int]]:

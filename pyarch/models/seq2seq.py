@@ -13,7 +13,7 @@ arXiv:1211.5063 (gradient clipping).
 
 Shown: a packed GRU, and a GRUCell that is called once for every word, because its input depends on its state.
 
-N sentences, S source words at most, T target words, H hidden units, K hypotheses of a beam.
+N sentences, S source words at most, T target words, H hidden units.
 """
 
 from dataclasses import dataclass
@@ -24,11 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from . import search
+from .search import BEGIN, END, IGNORED, WORDS, Translation
 from .sentences import beyond, ragged
-
-# The first entries of the vocabulary are no words.
-BEGIN, END, WORDS = 0, 1, 2
-IGNORED = -100  # the target that torch's cross entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,6 @@ class Memory(NamedTuple):
     states: Tensor
     keys: Tensor
     padding: Tensor
-
-
-class Translation(NamedTuple):
-    """Words (N, limit), filled up with END, and each sentence's log probability (N,), its END included."""
-
-    words: Tensor
-    log_probability: Tensor
 
 
 class Attention(nn.Module):
@@ -144,50 +135,23 @@ class Seq2Seq(nn.Module):
     def greedy(self, source: Tensor, lengths: Tensor, limit: int) -> Translation:
         """Translate by the likeliest word each time, at most `limit` words with END."""
         memory, state = self.encode(source, lengths)
-        word = torch.full_like(lengths, BEGIN)
-        ended = torch.zeros_like(lengths, dtype=torch.bool)
-        total, words = state.new_zeros(len(lengths)), []
-        for _ in range(limit):
-            seen, state = self.step(self.target(word), state, memory)
-            gained, word = self.score(seen).log_softmax(1).max(1)
-            word = word.masked_fill(ended, END)
-            total = total + gained.masked_fill(ended, 0.0)
-            ended = ended | (word == END)
-            words.append(word)
-        return Translation(torch.stack(words, 1), total)
+        return search.greedy(self._next(memory), state, limit)
 
     @torch.no_grad()
     def beam_search(self, source: Tensor, lengths: Tensor, beam: int, limit: int) -> Translation:
-        """Translate by keeping the `beam` likeliest beginnings, at most `limit` words with END.
-
-        A beam of 1 is greedy; one as large as the number of all beginnings finds the likeliest translation.
-        One in between drops beginnings, and in rare cases that of the translation which greedy finds.
-        """
-        N, vocabulary = len(lengths), self.predict.out_features
+        """Translate by keeping the `beam` likeliest beginnings, at most `limit` words with END."""
         memory, state = self.encode(source, lengths)
         memory = Memory(*(each.repeat_interleave(beam, 0) for each in memory))
-        state = state.repeat_interleave(beam, 0)
-        # The row of each sentence's first hypothesis among all.
-        first = beam * torch.arange(N, device=source.device).unsqueeze(1)
-        word = torch.full_like(first, BEGIN).expand(N, beam)
-        words = word.new_empty(N, beam, 0)
-        ended = torch.zeros_like(word, dtype=torch.bool)
-        # All hypotheses begin equal: only one of them may go on at first.
-        total = state.new_full((N, beam), -torch.inf)
-        total[:, 0] = 0.0
-        only_end = state.new_full((vocabulary,), -torch.inf)
-        only_end[END] = 0.0
-        for _ in range(limit):
-            seen, state = self.step(self.target(word.flatten()), state, memory)
-            gained = self.score(seen).log_softmax(1).view(N, beam, vocabulary)
-            gained = torch.where(ended.unsqueeze(2), only_end, gained)
-            total, best = (total.unsqueeze(2) + gained).flatten(1).topk(beam)
-            origin, word = best // vocabulary, best % vocabulary
-            words = words.gather(1, origin.unsqueeze(2).expand(words.shape))
-            words = torch.cat([words, word.unsqueeze(2)], 2)
-            ended = ended.gather(1, origin) | (word == END)
-            state = state[(first + origin).flatten()]
-        return Translation(words[:, 0], total[:, 0])
+        return search.beam_search(self._next(memory), state, beam, limit)
+
+    def _next(self, memory: Memory) -> search.Step:
+        """The step of a search: the decoder's state is what it remembers."""
+
+        def step(word: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            seen, state = self.step(self.target(word), state, memory)
+            return self.score(seen), state
+
+        return step
 
 
 def train_step(

@@ -1,4 +1,4 @@
-"""What every drop-in layer shares: it is its stock class with another computation, and nothing more.
+"""What every module that `swap` re-types shares, and every drop-in layer: its stock class computed otherwise.
 
 A drop-in adds no parameter, buffer or state_dict entry; at most one private attribute, its `Config`. A deep
 copy stays a drop-in, while a pickle holds the stock class, so that it loads where pyarch is not installed.
@@ -31,20 +31,54 @@ def backend_of(config: Config) -> str:
     return config.backend if requested == "auto" else requested
 
 
-class DropIn:
-    """Mixed in before a torch.nn class by a subclass of the same name."""
+class Retyped:
+    """Mixed in before the class of a module: copies stay what they are, pickles hold the stock class."""
+
+    has_own_options = False
 
     @classmethod
     def stock_class(cls) -> type[torch.nn.Module]:
         """The class that this one stands in for: torch.nn's, or a user's subclass that `swap` re-typed.
 
-        A class that a user derived from a drop-in stands for itself.
+        A class that a user derived from a drop-in stands for itself, and so does one of ours that no class of
+        torch.nn has the name of.
         """
         if REPLACES in vars(cls):
             return vars(cls)[REPLACES]
         if not cls.__module__.startswith("pyarch.nn."):
             return cls
-        return next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules."))
+        bases = (base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules."))
+        stock = next(bases)
+        return cls if stock is torch.nn.Module else stock
+
+    def __prepare_scriptable__(self) -> Retyped:
+        """Called by torch.jit.script, which compiles the source of a layer and knows no operator of ours."""
+        raise TypeError(
+            f"torch.jit.script compiles only torch's own layers, and this {type(self).__name__} is pyarch's; "
+            "restore the model first (report.restore()), or use torch.compile"
+        )
+
+    def __copy__(self) -> Retyped:
+        duplicate = self.__class__.__new__(self.__class__)
+        duplicate.__dict__.update(_without_compiled_call(self.__dict__))
+        return duplicate
+
+    def __deepcopy__(self, memo: dict) -> Retyped:
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        duplicate.__dict__.update(copy.deepcopy(_without_compiled_call(self.__dict__), memo))
+        return duplicate
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        stock = self.stock_class()
+        if stock is type(self) or self.has_own_options:
+            return super().__reduce_ex__(protocol)
+        state = {name: value for name, value in self.__getstate__().items() if name != CONFIG_ATTRIBUTE}
+        return object.__new__, (stock,), state
+
+
+class DropIn(Retyped):
+    """Mixed in before a torch.nn class by a subclass of the same name."""
 
     @property
     def pyarch_config(self) -> Config:
@@ -68,31 +102,6 @@ class DropIn:
     def explain(self, *inputs) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of a call on `inputs`, for "forward" and "backward"."""
         raise NotImplementedError
-
-    def __prepare_scriptable__(self) -> DropIn:
-        """Called by torch.jit.script, which compiles the source of a layer and knows no operator of ours."""
-        raise TypeError(
-            f"torch.jit.script compiles only torch's own layers, and this {type(self).__name__} is pyarch's; "
-            "restore the model first (report.restore()), or use torch.compile"
-        )
-
-    def __copy__(self) -> DropIn:
-        duplicate = self.__class__.__new__(self.__class__)
-        duplicate.__dict__.update(_without_compiled_call(self.__dict__))
-        return duplicate
-
-    def __deepcopy__(self, memo: dict) -> DropIn:
-        duplicate = self.__class__.__new__(self.__class__)
-        memo[id(self)] = duplicate
-        duplicate.__dict__.update(copy.deepcopy(_without_compiled_call(self.__dict__), memo))
-        return duplicate
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        stock = self.stock_class()
-        if stock is type(self) or self.has_own_options:
-            return super().__reduce_ex__(protocol)
-        state = {name: value for name, value in self.__getstate__().items() if name != CONFIG_ATTRIBUTE}
-        return object.__new__, (stock,), state
 
 
 def left_to_torch(kind: str) -> dict[str, tuple[Verdict, ...]]:

@@ -19,6 +19,8 @@ from pyarch.reference import attention as reference
 from pyarch.reference.attention import Extras, Gradients, Settings, empty_output
 from pyarch.reference.attention_mask import used_keys, visible
 
+# The same operator, which an attention_context leaves alone; calling it takes a little longer.
+_unseen_stock = torch.ops.aten.scaled_dot_product_attention.default
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _INFINITY = float("inf")
@@ -59,7 +61,7 @@ def _as_stock(query, key, value, extras: Extras, settings: Settings) -> _Stock:
 def attend(query: Tensor, key: Tensor, value: Tensor, extras: Extras, settings: Settings) -> Tensor:
     """out of `pyarch.reference.attention.forward`, differentiable as torch's operator is, in its strides."""
     made = _as_stock(query, key, value, extras, settings)
-    out = stock(
+    out = (_unseen_stock if torch._C._len_torch_function_stack() else stock)(
         made.query,
         made.key,
         made.value,

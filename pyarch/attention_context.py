@@ -1,0 +1,83 @@
+"""Plain calls of torch's scaled_dot_product_attention on pyarch's kernels, for a block or a model's forward.
+
+A torch function mode sees every call of a torch function in its thread and hands on all but one. Nothing is
+patched: outside the block, and in other threads, the function is torch's. `swap(model, sdpa=True)` gives a
+model a class whose forward is such a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as stock
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from pyarch.ops import scaled_dot_product_attention
+
+Attend = Callable[..., Tensor]
+
+
+@contextmanager
+def attention_context() -> Iterator[None]:
+    """Run `torch.nn.functional.scaled_dot_product_attention` as `pyarch.ops.scaled_dot_product_attention`.
+
+    For models that call the function themselves and so have no layer to swap. The block holds for its thread,
+    nests, may decorate a function, and may stand inside a function that torch.compile or torch.export traces
+    (fullgraph too) or around the call of a compiled one, which is then compiled again, once. The backward of
+    a call in the block is pyarch's, wherever it runs. torch.jit.trace records torch's own function.
+    `pyarch.backend(...)` chooses the backend.
+
+    It costs 2 to 3 us for each call of a torch function inside, in eager mode, and more for those of
+    torch.nn.functional that are written in Python. While it holds, torch's own nn.MultiheadAttention,
+    nn.TransformerEncoderLayer and nn.TransformerEncoder leave their fused paths of evaluation, as they do
+    under any torch function mode; the last then gives numbers at padded positions, which were zeros. It sees
+    neither torch.ops.aten's operators nor what runs inside torch.nn.functional.multi_head_attention_forward:
+    swap the nn.MultiheadAttention instead. What torch.utils.checkpoint computes again in the backward runs
+    outside the block, and it notices and raises an error: give it
+    `context_fn=lambda: (contextlib.nullcontext(), pyarch.attention_context())`. With use_reentrant=True,
+    which takes no such function, those gradients are torch's.
+
+    Example:
+        >>> with pyarch.attention_context():
+        ...     output = model(tokens)
+    """
+    if is_in_context():
+        yield
+        return
+    with _AttentionMode():
+        yield
+
+
+def is_in_context() -> bool:
+    """Whether an `attention_context` holds in this thread."""
+    return any(isinstance(mode, _AttentionMode) for mode in _get_current_function_mode_stack())
+
+
+@contextmanager
+def answering(attend: Attend) -> Iterator[None]:
+    """Let `attend` answer the calls inside every `attention_context`, in any thread, for the block."""
+    global _attend
+    outer, _attend = _attend, attend
+    try:
+        yield
+    finally:
+        _attend = outer
+
+
+_attend: Attend = scaled_dot_product_attention
+
+
+class _AttentionMode(TorchFunctionMode):
+    """Off while it answers a call, so that pyarch's own use of torch's function is left alone."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        # torch.jit.trace records torch's operators alone.
+        if func is stock and not torch.jit.is_tracing():
+            return _attend(*args, **(kwargs or {}))
+        if func is Tensor.unflatten and torch.compiler.is_compiling():
+            # The same function; dynamo cannot trace the super() in this method when a mode calls it.
+            func = torch.unflatten
+        return func(*args, **(kwargs or {}))
