@@ -117,8 +117,7 @@ struct AttentionWeights {
 template <class T>
 void attention_forward(std::span<const AttentionForward<T>> calls, const GiveScratch& scratch,
                        int64_t threads, const ParallelFor& parallel);
-// Of at most DIRECT_ROWS queries a key head, which see keys by causality and window alone; forward chooses it.
-constexpr int64_t DIRECT_ROWS = 8;
+// For few queries a key head, which see keys by causality and window alone; the forward above chooses it.
 template <class T>
 bool is_direct(const AttentionForward<T>& args);
 template <class T>

@@ -15,7 +15,16 @@
 namespace pyarch {
 namespace {
 
+// More are faster packed.
+template <class T>
+constexpr int64_t MOST_ROWS = IN_TILES<T> ? 4 : 8;
 constexpr int64_t PART = 256;  // keys
+constexpr int TOGETHER = 4;    // keys, so that memory is read in long runs
+
+constexpr int64_t AHEAD = 32;  // keys
+
+// A hint, which may point behind the end.
+ALWAYS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 int64_t in_whole(int64_t count, int64_t of) { return ceil_div(count, of) * of; }
 
@@ -142,23 +151,30 @@ class Direct {
   template <bool FEWER>
   void multiply(const T* key, int64_t count, const T* queries, float* scores) const {
     const int64_t stride = args_.key.row_stride, whole = shape_.head_dim / P::ELEMENTS * P::ELEMENTS;
-    const int64_t rest = shape_.head_dim - whole;
+    const int64_t rest = shape_.head_dim - whole, ahead = AHEAD * stride;
     for (int64_t row = 0; row < rows_; ++row, queries += query_pitch_, scores += PART) {
       Vec sums[LANES];
-      unrolled<LANES>([&](auto k) { sums[k] = zero(); });
-      for (int64_t c = 0; c < whole; c += P::ELEMENTS) {
-        const Vec query = P::load_all(queries + c);
-        unrolled<LANES>([&](auto k) {
-          sums[k] = P::add_to(sums[k], P::load_all(key + (FEWER && k >= count ? 0 : k * stride) + c), query);
+      unrolled<LANES / TOGETHER>([&](auto group) {
+        Vec some[TOGETHER];
+        const T* keys[TOGETHER];
+        unrolled<TOGETHER>([&](auto i) {
+          some[i] = zero();
+          keys[i] = key + (FEWER && group * TOGETHER + i >= count ? 0 : (group * TOGETHER + i) * stride);
         });
-      }
-      if (rest) {
-        const Vec query = P::load_all(queries + whole);
-        unrolled<LANES>([&](auto k) {
-          const T* const end = key + (FEWER && k >= count ? 0 : k * stride) + whole;
-          sums[k] = P::add_to(sums[k], P::load_first(end, rest), query);
-        });
-      }
+        for (int64_t c = 0; c < whole; c += P::ELEMENTS) {
+          const Vec query = P::load_all(queries + c);
+          unrolled<TOGETHER>([&](auto i) {
+            prefetch(keys[i] + ahead + c);
+            some[i] = P::add_to(some[i], P::load_all(keys[i] + c), query);
+          });
+        }
+        if (rest) {
+          const Vec query = P::load_all(queries + whole);
+          unrolled<TOGETHER>(
+              [&](auto i) { some[i] = P::add_to(some[i], P::load_first(keys[i] + whole, rest), query); });
+        }
+        unrolled<TOGETHER>([&](auto i) { sums[group * TOGETHER + i] = some[i]; });
+      });
       store(scores, sum_each(sums));
     }
   }
@@ -235,6 +251,7 @@ class Direct {
     for (int64_t k = 0; k < count; ++k, value += args_.value.row_stride) {
       Vec columns[VECTORS];
       unrolled<VECTORS>([&](auto c) {
+        prefetch(value + AHEAD * args_.value.row_stride + c * LANES);
         columns[c] = VECTORS > 1 || whole ? load(value + c * LANES) : load(value, first_lanes(lanes));
       });
       unrolled<ROW_COUNT>([&](auto r) {
@@ -263,7 +280,7 @@ bool is_direct(const AttentionForward<T>& args) {
   const AttentionScores<T>& scores = args.scores;
   const bool is_banded = !pattern.mask.data && !pattern.padding.data && !pattern.global.data &&
                          pattern.global_tokens == 0 && pattern.dilation == 1;
-  return args.shape.group() * args.shape.queries <= DIRECT_ROWS && is_banded && !scores.bias.data &&
+  return args.shape.group() * args.shape.queries <= MOST_ROWS<T> && is_banded && !scores.bias.data &&
          !scores.float_bias.data && scores.dropout == 0 && args.key.column_stride == 1 &&
          args.value.column_stride == 1;
 }
@@ -293,7 +310,8 @@ void attention_direct(std::span<const AttentionForward<T>> calls, const GiveScra
     call.run_part(part / call.parts(), part % call.parts(), memory + floats + thread * work_floats,
                   memory + first[index] + part * call.part_floats());
   });
-  tasks.template each<T>(units.count(), parallel, [&](int64_t task, int64_t) {
+  // Mostly too little for several threads.
+  Tasks(double(floats), threads).each<T>(units.count(), parallel, [&](int64_t task, int64_t) {
     const auto [index, unit] = units.at(task);
     const Direct<T>& call = all[index];
     call.finish(unit, memory + first[index] + unit * call.parts() * call.part_floats());

@@ -6,8 +6,8 @@
 Constructor, parameters, state_dict, repr, errors and results are torch's, and there are a window, its
 dilation and global tokens beside. The products before and after attention are torch's; heads are views of
 them. A good call is recognised by types, shapes and dtypes; every other one, and what the kernels do not
-carry (float64, nested tensors, torch.jit.trace), goes to torch's own forward, which computes it or raises in
-its own words.
+carry (float64, strided nested tensors, torch.jit.trace), goes to torch's own forward, which computes it or
+raises in its own words. Jagged nested tensors, which torch does not take, attend without padding.
 
 Two things differ from torch: a query that sees no key gives zeros before out_proj, and dropout draws from a
 random stream of its own.
@@ -32,6 +32,7 @@ from pyarch.nn.attention_call import (
 )
 from pyarch.nn.config import Config
 from pyarch.nn.drop_in import DropIn, backend_of, config_of, left_to_torch
+from pyarch.nn.jagged import attend_jagged, explain_jagged, is_jagged
 from pyarch.ops import attention
 
 
@@ -97,6 +98,10 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if is_jagged(query):
+            wishes = {"masks": (attn_mask, key_padding_mask), "need_weights": need_weights}
+            config = config_of(self)
+            return over_jagged(self, query, key, value, config, is_causal=is_causal, **wishes), None
         is_fused = is_fused_by_torch(self, query, key, value, key_padding_mask, attn_mask)
         call = read(
             self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal and not is_fused
@@ -131,6 +136,8 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         is_causal=False,
     ) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of a call, for "forward" and "backward"."""
+        if is_jagged(query):
+            return explain_jagged(self, query, config_of(self))
         is_fused = is_fused_by_torch(self, query, key, value, key_padding_mask, attn_mask)
         call = read(
             self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal and not is_fused
@@ -176,6 +183,13 @@ def attend(
         return _attend(module, query, key, value, *wishes, module.batch_first, sequence_first)
     output, weights = _attend(module, *_unsqueezed(query, key, value), *wishes, True, False)
     return output.squeeze(0), None if weights is None else weights.squeeze(0)
+
+
+def over_jagged(
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, config: Config, **wishes
+) -> Tensor:
+    """`attend_jagged` with the module's own products."""
+    return attend_jagged(module, _products, query, key, value, config, **wishes)
 
 
 def _attend(

@@ -14,7 +14,8 @@ module itself is called where somebody could notice: where it has hooks or anoth
 Nested tensors, which torch's TransformerEncoder makes of padded ones in evaluation, are computed as rows
 without padding, but for attention, which gets them padded; the result is nested again. Where torch takes none
 (in training, with gradients, beside masks) its own forward raises. So do all other calls that are not good
-ones, and what the kernels do not carry is computed there.
+ones, and what the kernels do not carry is computed there. Jagged nested tensors, which torch's layer takes
+nowhere, are computed as rows throughout, with gradients too.
 
 Legend: N batch, L sequence, M memory, E width (d_model).
 """
@@ -31,10 +32,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from pyarch.dispatch import Verdict
 from pyarch.dispatch import backend as running_on
-from pyarch.nn.attention import MultiheadAttention, attend, described, explain_attend
+from pyarch.nn.attention import MultiheadAttention, attend, described, explain_attend, over_jagged
 from pyarch.nn.attention_call import Call, read, warn_of_two_kinds, with_pattern
 from pyarch.nn.config import DEFAULT, Config
 from pyarch.nn.drop_in import CONFIG_ATTRIBUTE, DropIn, backend_of, config_of, left_to_torch
+from pyarch.nn.jagged import as_jagged, explain_jagged, is_jagged
 
 _OPTIONS_TEXT = """
     pyarch adds, as keywords alone and for ``self_attn``:
@@ -142,6 +144,8 @@ class TransformerEncoderLayer(_TransformerDropIn, nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        if is_jagged(src):
+            return self._over_jagged(src, (src_mask, src_key_padding_mask), is_causal)
         ragged = _read_ragged(self, src, src_mask, src_key_padding_mask)
         if ragged is not None:
             return self._over_rows(src, ragged)
@@ -159,6 +163,23 @@ class TransformerEncoderLayer(_TransformerDropIn, nn.TransformerEncoderLayer):
             return self._attended(self.self_attn, x, x, call, src_key_padding_mask, src_mask, is_causal)
 
         return self._steps(src, attended)
+
+    def _over_jagged(
+        self, src: Tensor, masks: tuple[Tensor | None, Tensor | None], is_causal: bool
+    ) -> Tensor:
+        """The layer over a jagged nested tensor, all of it on rows without padding."""
+        module = self.self_attn
+        config = _attention_config(self, module)
+
+        def attended(rows: Tensor) -> Tensor:
+            x = as_jagged(rows, src)
+            if can_be_passed_by(module):
+                return over_jagged(module, x, x, x, config, masks=masks, is_causal=is_causal).values()
+            mask, padding = masks
+            with running_on(backend_of(config)):
+                return module(x, x, x, padding, False, mask, is_causal=is_causal)[0].values()
+
+        return as_jagged(self._steps(src.values(), attended), src)
 
     def _over_rows(self, src: Tensor, ragged: _Ragged) -> Tensor:
         """The layer over a nested tensor, on its rows without padding."""
@@ -186,6 +207,8 @@ class TransformerEncoderLayer(_TransformerDropIn, nn.TransformerEncoderLayer):
         self, src, src_mask=None, src_key_padding_mask=None, is_causal=False
     ) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of the attention of a call, for "forward" and "backward"."""
+        if is_jagged(src):
+            return explain_jagged(self.self_attn, src, _attention_config(self, self.self_attn))
         ragged = _read_ragged(self, src, src_mask, src_key_padding_mask)
         if ragged is not None:
             like, call = src.values(), ragged.call
