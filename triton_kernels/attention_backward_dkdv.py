@@ -130,7 +130,9 @@ def attention_backward_dkdv_kernel(
     global_mask uint8 or None, broadcast dimensions with stride 0. Sums in fp32; P and dproduct are rounded to
     the inputs' type where they enter a product.
     """
-    # Shows the compiler that ALIGN divides the strides of rows, so that they are read in vectors of so many.
+    # Shows the compiler that ALIGN divides strides, so that rows are read in vectors of so many.
+    stride_qh = stride_qh // ALIGN * ALIGN
+    stride_yh = stride_yh // ALIGN * ALIGN
     stride_qt = stride_qt // ALIGN * ALIGN
     stride_kt = stride_kt // ALIGN * ALIGN
     stride_vt = stride_vt // ALIGN * ALIGN
@@ -192,8 +194,8 @@ def attention_backward_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # One loop over the heads and their tiles: of two, one in the other, the compiler spills registers.
-    q_ptr += b * stride_qb + hk * group * stride_qh
-    do_ptr += b * stride_yb + hk * group * stride_yh
+    q_ptr += (b * stride_qb + hk * group * stride_qh) // ALIGN * ALIGN
+    do_ptr += (b * stride_yb + hk * group * stride_yh) // ALIGN * ALIGN
     first_head = b * H + hk * group
     lse_ptr += first_head * residuals
     if delta_ptr is not None:
