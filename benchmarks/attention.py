@@ -9,29 +9,40 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from benchmarks.attention_blocks import block_twins, output_of, source_shape
 from benchmarks.attention_cases import (
     BIAS,
     DENSE,
     DROPOUT,
     FLEX,
     KERNELS,
+    LENGTHS,
+    MAPS,
     MODULES,
     OPERATOR,
     PIECE,
     PIECES,
     UNMASKED,
     WEIGHTS,
-    WIDENING,
     AttentionCase,
 )
-from benchmarks.attention_modules import SDPA_KERNELS, Flex, Formula, InPieces, Ours, Stock
+from benchmarks.attention_modules import (
+    SDPA_KERNELS,
+    Flex,
+    Formula,
+    InPieces,
+    Ours,
+    Padded,
+    Stock,
+    Unpadded,
+)
 from benchmarks.benchmark import DTYPES, Benchmark
 from benchmarks.copy_speed import CopySpeed
 from benchmarks.cuda import trial_medians
 from benchmarks.matmul_speed import MatmulSpeed
 from benchmarks.peak_memory import peak_bytes
 from benchmarks.suites import Absent
-from benchmarks.twins import Twins, call_of, twin_modules
+from benchmarks.twins import Twins, call_of
 
 MIB = 1 << 20
 
@@ -44,6 +55,8 @@ def opponent(case: AttentionCase, device: str) -> nn.Module:
         return InPieces(Ours(replace(case, queries=PIECE), device), PIECE)
     if case.against == FLEX:
         return Flex(case, device)
+    if case.form == LENGTHS:
+        return Padded(case, device)
     return Stock(case, device, case.against.removeprefix("SDPA ") if case.against in KERNELS else None)
 
 
@@ -68,7 +81,7 @@ def operator_twins(case: AttentionCase, device: str) -> Twins:
     def drawn(heads: int, rows: int, columns: int, batch: int = case.batch) -> Tensor:
         return torch.randn(batch, heads, rows, columns, device=device, dtype=DTYPES[case.dtype])
 
-    named = {
+    named = packed(case, device) or {
         "query": drawn(case.heads, case.queries, case.head_dim),
         "key": drawn(case.kv_head_count, case.key_count, case.head_dim),
         "value": drawn(case.kv_head_count, case.key_count, case.value_size),
@@ -78,40 +91,38 @@ def operator_twins(case: AttentionCase, device: str) -> Twins:
     inputs = tuple(each.requires_grad_() for each in named.values())
     # torch draws other random numbers than we do, and some opponents have an easier problem.
     differs = case.against in (DENSE, PIECES, UNMASKED) or case.form == DROPOUT
+    is_packed = case.form == LENGTHS
     return Twins(
         present_opponent(case, device, inputs),
-        Ours(case, device),
+        Unpadded(case, device) if is_packed else Ours(case, device),
         inputs,
-        drawn(case.heads, case.queries, case.value_size),
+        torch.randn_like(inputs[0]) if is_packed else drawn(case.heads, case.queries, case.value_size),
         ("output",),
         lambda module, inputs: (module(*inputs),),
         tuple(named),
-        truth=Formula(case, device),
+        truth=None if is_packed else Formula(case, device),
         differs=differs,
     )
 
 
-def make_module(case: AttentionCase, device: str) -> nn.Module:
-    settings = {"batch_first": True, "device": device, "dtype": DTYPES[case.dtype]}
-    if case.form == WEIGHTS:
-        return nn.MultiheadAttention(case.width, case.heads, **settings)
-    # No dropout, so that training can be compared with float64.
-    return nn.TransformerEncoderLayer(case.width, case.heads, WIDENING * case.width, dropout=0.0, **settings)
+def packed(case: AttentionCase, device: str) -> dict[str, Tensor]:
+    """Query, key and value of sequences of unequal length; nothing where the case has none."""
+    if case.form != LENGTHS:
+        return {}
+    shape = sum(case.lengths), case.heads, case.head_dim
+    names = "query", "key", "value"
+    return {name: torch.randn(shape, device=device, dtype=DTYPES[case.dtype]) for name in names}
 
 
 def module_twins(case: AttentionCase, device: str) -> Twins:
-    stock, ours = twin_modules(lambda: make_module(case, device))
-    shape = case.batch, case.queries, case.width
-    source, cotangent = (torch.randn(shape, device=device, dtype=DTYPES[case.dtype]) for _ in range(2))
-    outputs = ("output", "weights") if case.form == WEIGHTS else ("output",)
-    forward = with_weights if case.form == WEIGHTS else lambda module, inputs: (module(*inputs),)
-    return Twins(stock, ours, (source.requires_grad_(),), cotangent, outputs, forward)
-
-
-def with_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Self-attention with the weights, averaged over the heads."""
-    (source,) = inputs
-    return module(source, source, source, need_weights=True)
+    stock, ours = block_twins(case, device)
+    made = {"device": device, "dtype": DTYPES[case.dtype]}
+    source, cotangent = (torch.randn(source_shape(case), **made) for _ in range(2))
+    outputs = ("output", "weights") if case.form in (WEIGHTS, MAPS) else ("output",)
+    inputs = (source.requires_grad_(),)
+    return Twins(
+        stock, ours, inputs, cotangent, outputs, lambda module, inputs: output_of(case, module, *inputs)
+    )
 
 
 def build(case: AttentionCase, device: str) -> Twins:

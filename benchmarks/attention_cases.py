@@ -21,11 +21,21 @@ OPERATOR = ""
 BIAS = "learned bias"
 DROPOUT = "dropout"
 PADDING = "padding mask"
+LENGTHS = "unequal lengths"
 WEIGHTS = "MultiheadAttention need_weights"
+MAPS = "MultiheadAttention need_weights of each head"
 LAYER = "TransformerEncoderLayer"
-MODULES = (WEIGHTS, LAYER)
+SWIN = "Swin block"
+MISTRAL = "Mistral attention"
+MODULES = (WEIGHTS, MAPS, LAYER, SWIN, MISTRAL)
+# Those with a feed-forward network.
+BLOCKS = (LAYER, SWIN)
 # Features of a transformer's feed-forward network for each feature of its input.
 WIDENING = 4
+
+# The shortest of unequal lengths, of which T is the longest; windows on a side of a Swin's image.
+SHORTEST = 32
+SWIN_WINDOWS = 8
 
 # What takes the stock side's place: torch's way to the same result (on a GPU its fastest kernel), a way that
 # does more or less than is asked for, or our own call on an easier problem of the same amount of work.
@@ -98,9 +108,29 @@ class AttentionCase:
         return range(first, max(first, last + 1))
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence: T, or spread evenly from SHORTEST to T."""
+        if self.form != LENGTHS:
+            return [self.queries] * self.sequences
+        steps = max(1, self.batch - 1)
+        return [SHORTEST + (self.queries - SHORTEST) * index // steps for index in range(self.batch)]
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that attend on their own: B, or the windows of B images."""
+        return self.batch * (SWIN_WINDOWS**2 if self.form == SWIN else 1)
+
+    @property
     def visible_pairs(self) -> int:
-        """Pairs of a query and a key that it sees, in one head."""
+        """Pairs of a query and a key that it sees, in one head of a sequence of T."""
         return sum(len(self.keys_seen(query)) for query in range(self.queries))
+
+    @property
+    def all_pairs(self) -> int:
+        """The same over all sequences; where lengths are unequal every query sees its whole sequence."""
+        if self.form == LENGTHS:
+            return sum(length**2 for length in self.lengths)
+        return self.sequences * self.visible_pairs
 
     def products(self, pass_name: str) -> int:
         """Floating-point operations of the matrix products, two for each multiplication with its addition.
@@ -109,7 +139,7 @@ class AttentionCase:
         (scores again, and the gradients of probabilities, values, queries and keys). A module's weights add
         one product each in the forward and two in the backward.
         """
-        pairs = 2 * self.batch * self.heads * self.visible_pairs
+        pairs = 2 * self.heads * self.all_pairs
         forward = pairs * (self.head_dim + self.value_size) + self.weight_products
         backward = pairs * (3 * self.head_dim + 2 * self.value_size) + 2 * self.weight_products
         return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[pass_name]
@@ -119,8 +149,8 @@ class AttentionCase:
         """Operations of a module's linear layers, forward: four projections, and a layer's network."""
         if self.form not in MODULES:
             return 0
-        squares = 4 + 2 * WIDENING * (self.form == LAYER)
-        return 2 * self.batch * self.queries * squares * self.width**2
+        squares = 2 + 2 * self.kv_head_count / self.heads + 2 * WIDENING * (self.form in BLOCKS)
+        return round(2 * self.sequences * self.queries * squares * self.width**2)
 
     @property
     def minimum_bytes(self) -> int:
@@ -155,6 +185,8 @@ def windows(batch: int, heads: int, head_dim: int, left: int, dtype: str) -> Ite
 OF_1024 = AttentionCase(1, 8, 1024, 64)
 OF_128 = AttentionCase(8, 8, 128, 64)
 WINDOW = AttentionCase(1, 4, PIECE, 64, window=(256, 0), is_causal=True)
+STEP = AttentionCase(1, 8, 1, 64, keys=PIECE, only=FORWARD_ONLY, goals={"fwd": Goal("speedup", 1.3)})
+GROUPED_STEP = replace(STEP, heads=32, kv_heads=8, head_dim=128)
 CPU_TABLE = (
     replace(OF_1024, goals=speedups(1.25, 1.3)),
     replace(OF_1024, is_causal=True, goals=speedups(1.75, 1.7)),
@@ -171,7 +203,17 @@ CPU_TABLE = (
     replace(OF_1024, value_dim=128, goals=speedups(2, 2)),
     replace(OF_1024, form=PADDING, against=UNMASKED, goals=of_itself(1.1)),
     replace(OF_1024, form=WEIGHTS, goals={"fwd": Goal("speedup", 1.5)}),
+    replace(OF_1024, form=MAPS, goals={"fwd": Goal("speedup", 1.5)}),
     replace(OF_1024, form=LAYER, goals={"fwd": Goal("speedup", 2)}),
+    AttentionCase(4, 3, 49, 32, form=SWIN, goals=speedups(1.5, 1.5)),
+    AttentionCase(
+        1, 8, PIECE, 64, kv_heads=2, window=(511, 0), is_causal=True, form=MISTRAL, goals=speedups(5, 5)
+    ),
+    AttentionCase(8, 8, 512, 64, form=LENGTHS, goals=speedups(1.8, 1.8)),
+    STEP,
+    replace(STEP, dtype="bf16"),
+    GROUPED_STEP,
+    replace(GROUPED_STEP, dtype="bf16"),
     replace(WINDOW, against=FLEX, only=FORWARD_ONLY, goals={"fwd": Goal("speedup", 1.0)}),
 )
 

@@ -2,7 +2,7 @@
 
 Torch's operator, its compiled FlexAttention, our operator, our operator on pieces of the sequence; and the
 plain formula, which gives the exact results where torch's operator computes something else or takes too much
-memory. None has parameters. Layout (B, H, T, D).
+memory. None has parameters. Layout (B, H, T, D); of sequences of unequal length (tokens of all, H, D).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.attention_cases import DENSE, DROPOUT, PADDING, AttentionCase
-from pyarch.ops import scaled_dot_product_attention
+from pyarch.ops import attention_varlen, scaled_dot_product_attention
 from pyarch.ops.attention import attend
 from pyarch.reference.attention import Extras, Settings
 from pyarch.reference.philox import keep_mask
@@ -116,6 +116,42 @@ class Ours(nn.Module):
         return scaled_dot_product_attention(
             query, key, value, attn_mask=bias, key_padding_mask=self.padding, **self.options
         )
+
+
+class Padded(nn.Module):
+    """torch's operator on sequences of unequal length: copied into a padded batch, masked, copied back."""
+
+    def __init__(self, case: AttentionCase, device: str) -> None:
+        super().__init__()
+        lengths = torch.tensor(case.lengths, device=device)
+        is_token = torch.arange(case.queries, device=device) < lengths[:, None]
+        self.sizes = case.batch * case.queries, case.batch, case.queries
+        self.register_buffer("places", is_token.flatten().nonzero().squeeze(1))
+        self.register_buffer("mask", is_token[:, None, None, :])
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        slots, batch, tokens = self.sizes
+        padded = (
+            each.new_zeros(slots, *each.shape[1:])
+            .index_copy(0, self.places, each)
+            .view(batch, tokens, *each.shape[1:])
+            .transpose(1, 2)
+            for each in (query, key, value)
+        )
+        output = F.scaled_dot_product_attention(*padded, attn_mask=self.mask)
+        return output.transpose(1, 2).flatten(0, 1)[self.places]
+
+
+class Unpadded(nn.Module):
+    """Our operator for sequences of unequal length."""
+
+    def __init__(self, case: AttentionCase, device: str) -> None:
+        super().__init__()
+        ends = torch.tensor([0, *case.lengths], device=device).cumsum(0).int()
+        self.register_buffer("ends", ends)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention_varlen(query, key, value, self.ends)
 
 
 class InPieces(nn.Module):

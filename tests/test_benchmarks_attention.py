@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 import pyarch
 from benchmarks import attention, attention_modules, benchmark, readme, results, run, table, worker
 from benchmarks.attention import build
+from benchmarks.attention_blocks import block_twins, source_shape
 from benchmarks.attention_cases import (
     BIAS,
     CPU_TABLE,
@@ -23,7 +25,10 @@ from benchmarks.attention_cases import (
     FLASH,
     FLEX,
     LAYER,
+    LENGTHS,
+    MAPS,
     MASKED,
+    MISTRAL,
     MODULES,
     OPERATIONS_PER_MS,
     OVERHEAD_CASE,
@@ -32,6 +37,7 @@ from benchmarks.attention_cases import (
     SWEEP_AXES,
     SWEEP_COUNT,
     SWEEP_MAX_MS,
+    SWIN,
     UNMASKED,
     WEIGHTS,
     AttentionCase,
@@ -45,6 +51,7 @@ from benchmarks.peak_memory import peak_bytes
 from benchmarks.plan import Settings, passes_of, selected_cases
 from benchmarks.suites import Absent
 from benchmarks.twins import results as results_of
+from pyarch.nn.drop_in import DropIn
 
 OPERATOR = "benchmarks"
 
@@ -63,12 +70,20 @@ SMALL = {
     "dropout": replace(PLAIN, queries=40, form=DROPOUT),
     "padding": replace(PLAIN, form=PADDING, against=UNMASKED),
     "weights": replace(PLAIN, form=WEIGHTS),
+    "maps": replace(PLAIN, form=MAPS),
     "layer": replace(PLAIN, form=LAYER),
+    "swin": replace(PLAIN, form=SWIN),
+    "mistral": AttentionCase(2, 4, 9, 4, kv_heads=2, window=(3, 0), is_causal=True, form=MISTRAL),
+    "lengths": replace(PLAIN, batch=3, queries=40, form=LENGTHS),
     "bf16": replace(PLAIN, dtype="bf16"),
 }
 each_small = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 each_operator = pytest.mark.parametrize(
     "case", [pytest.param(case, id=name) for name, case in SMALL.items() if case.form not in MODULES]
+)
+each_batched = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name) for name, case in SMALL.items() if case.form not in (*MODULES, LENGTHS)],
 )
 
 
@@ -98,7 +113,15 @@ PROMISED = {
     "B1 H8 T1024 D64 fp32 dropout": (2, 2),
     "B1 H8 T1024 D64 Dv128 fp32": (2, 2),
     "MultiheadAttention need_weights B1 H8 T1024 D64 fp32": (1.5, None),
+    "MultiheadAttention need_weights of each head B1 H8 T1024 D64 fp32": (1.5, None),
     "TransformerEncoderLayer B1 H8 T1024 D64 fp32": (2, None),
+    "Swin block B4 H3 T49 D32 fp32": (1.5, 1.5),
+    "Mistral attention B1 H8 Hk2 T4096 D64 window 511,0 causal fp32": (5, 5),
+    "B8 H8 T512 D64 fp32 unequal lengths": (1.8, 1.8),
+    "B1 H8 T1 S4096 D64 fp32": (1.3, None),
+    "B1 H8 T1 S4096 D64 bf16": (1.3, None),
+    "B1 H32 Hk8 T1 S4096 D128 fp32": (1.3, None),
+    "B1 H32 Hk8 T1 S4096 D128 bf16": (1.3, None),
 }
 
 
@@ -129,7 +152,8 @@ def test_what_is_compiled_comes_last_and_runs_forward_alone():
     assert passes_of(settings, CPU_TABLE[-1]) == ["fwd"]
     assert passes_of(settings, CPU_TABLE[0]) == ["fwd", "fwd+bwd"]
     chosen = selected_cases(Settings("attention", passes=("fwd+bwd",)))
-    assert chosen == list(CPU_TABLE[:-1])
+    assert chosen == [case for case in CPU_TABLE if "fwd+bwd" in (case.only or ("fwd+bwd",))]
+    assert CPU_TABLE[-1] not in chosen
 
 
 def test_goals_are_for_passes_that_a_case_has():
@@ -159,13 +183,26 @@ def test_products_count_visible_pairs_alone():
     assert cross.products("bwd") - cross.products("fwd") == 2 * 2 * 2 * 9 * 7 * (2 * 4 + 3)
 
 
-@pytest.mark.parametrize("form", MODULES)
-def test_products_of_modules_are_those_of_their_weights_too(form):
-    case = replace(PLAIN, form=form)
-    module = attention.make_module(case, "cpu")
-    matrices = sum(weight.numel() for weight in module.parameters() if weight.dim() == 2)
-    assert case.products("fwd") - PLAIN.products("fwd") == 2 * 2 * 9 * matrices
-    assert case.products("bwd") - PLAIN.products("bwd") == 4 * 2 * 9 * matrices
+@pytest.mark.parametrize("name", ["weights", "maps", "layer", "swin", "mistral"])
+def test_products_of_modules_are_those_of_their_weights_too(name):
+    case = SMALL[name]
+    assert case.form in MODULES
+    module, _ = block_twins(case, "cpu")
+    weights = dict(module.named_parameters())
+    matrices = sum(
+        each.numel() for name, each in weights.items() if each.dim() == 2 and "bias_table" not in name
+    )
+    tokens = math.prod(source_shape(case)[:-1])
+    attended = replace(case, form="", batch=case.sequences)
+    assert case.products("fwd") - attended.products("fwd") == 2 * tokens * matrices
+    assert case.products("bwd") - attended.products("bwd") == 4 * tokens * matrices
+
+
+def test_unequal_lengths_are_spread_and_count_their_own_pairs():
+    case = AttentionCase(4, 2, 128, 8, form=LENGTHS)
+    assert case.lengths == [32, 64, 96, 128]
+    assert case.products("fwd") == 2 * 2 * (32**2 + 64**2 + 96**2 + 128**2) * (8 + 8)
+    assert AttentionCase(1, 2, 128, 8, form=LENGTHS).lengths == [32]
 
 
 def test_minimum_bytes_count_each_tensor_once():
@@ -204,15 +241,19 @@ def test_twins_are_torch_and_ours_with_a_dense_gradient(case):
     twins = build(case, "cpu")
     assert twins.cotangent.ne(0).all()
     assert twins.cotangent.shape == twins.forward(twins.stock, twins.inputs)[0].shape
-    if case.form in MODULES:
-        assert type(twins.ours) is not type(twins.stock)
-        assert type(twins.ours).__module__.partition(".")[0] == "pyarch"
+    if case.form == MISTRAL:
+        implementations = (twin.config._attn_implementation for twin in (twins.stock, twins.ours))
+        assert tuple(implementations) == ("sdpa", "pyarch")
+    elif case.form in MODULES:
+        inside = "attention" if case.form == SWIN else ""
+        ours, stock = (twin.get_submodule(inside) for twin in (twins.ours, twins.stock))
+        assert isinstance(ours, DropIn) and not isinstance(stock, DropIn)
     else:
         wanted = ["query", "key", "value", "bias"][: 4 if case.form == BIAS else 3]
         assert list(twins.leaves(twins.ours)) == [f"grad_{name}" for name in wanted]
 
 
-@each_operator
+@each_batched
 def test_the_plain_formula_is_torchs_operator_on_the_visible_pairs(case, monkeypatch):
     """In blocks of four queries, its gradients too; dropout has no counterpart in torch."""
     if case.form == DROPOUT:
