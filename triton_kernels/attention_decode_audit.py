@@ -16,7 +16,7 @@ from .launch import Launch, Requirement
 
 BATCH, HEADS, KV_HEADS, PLACES, SPLITS = 3, 32, 8, 4000, 11
 # The least share of 128-bit loads; m and l of a stretch are loads of their own.
-WIDE_LOADS = {"attention_decode_kernel": 0.5, "attention_combine_kernel": 0.2}
+WIDE_LOADS = {"attention_decode_kernel": 0.4, "attention_combine_kernel": 0.2}
 
 
 @dataclass(frozen=True)
