@@ -85,7 +85,8 @@ struct AttentionForward {
   Heads<T> out;               // rows of neighbouring elements
   float* lse;                 // (B, H, Tq), natural logarithm
   int64_t lse_stride;         // of heads; those of a batch entry lie behind those of the one before
-  T* mean_weights = nullptr;  // (B, Tq, Tk), what the values are weighed with, averaged over heads; or none
+  T* weights = nullptr;       // (B, H, Tq, Tk), what the values are weighed with; or none
+  bool mean_weights = false;  // or their mean over heads, (B, Tq, Tk)
 };
 
 // Gradients that nobody needs are null. Every row of query_grad, key_grad and value_grad has neighbouring elements.

@@ -69,10 +69,10 @@ AttentionScores<T> scores_of(const MaybeTensor& bias, const MaybeTensor& sinks, 
           seed ? uint64_t(*data<const int64_t>(*seed)) : 0};
 }
 
-void forward_and_mean(const Tensor& out, const Tensor& lse, const MaybeTensor& mean_weights,
-                      const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
-                      const MaybeTensor& bias, const MaybeTensor& padding, const MaybeTensor& global,
-                      const MaybeTensor& sinks, const MaybeTensor& seed, const Tensor& numbers) {
+void forward_and_weights(const Tensor& out, const Tensor& lse, const MaybeTensor& weights,
+                         const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
+                         const MaybeTensor& bias, const MaybeTensor& padding, const MaybeTensor& global,
+                         const MaybeTensor& sinks, const MaybeTensor& seed, const Tensor& numbers) {
   with_element_type("attention_forward", query, [&](auto element) {
     using T = decltype(element);
     const AttentionForward<T> args{shape_of(query, key, value.size(3)),
@@ -84,7 +84,8 @@ void forward_and_mean(const Tensor& out, const Tensor& lse, const MaybeTensor& m
                                    heads_of<T>(out),
                                    data<float>(lse),
                                    query.size(2),
-                                   data<T>(mean_weights)};
+                                   data<T>(weights),
+                                   weights && weights->dim() == 3};
     Scratch scratch{out};
     attention_forward<T>({&args, 1}, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
                          on_torch_threads);
@@ -95,8 +96,8 @@ void forward(const Tensor& out, const Tensor& lse, const Tensor& query, const Te
              const Tensor& value, const MaybeTensor& mask, const MaybeTensor& bias,
              const MaybeTensor& padding, const MaybeTensor& global, const MaybeTensor& sinks,
              const MaybeTensor& seed, const Tensor& numbers) {
-  forward_and_mean(out, lse, std::nullopt, query, key, value, mask, bias, padding, global, sinks, seed,
-                   numbers);
+  forward_and_weights(out, lse, std::nullopt, query, key, value, mask, bias, padding, global, sinks, seed,
+                      numbers);
 }
 
 void backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad, const MaybeTensor& value_grad,
@@ -281,9 +282,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYARCH_NAMESPACE, library) {
       "attention_forward(Tensor(a!) out, Tensor(b!) lse, Tensor query, Tensor key, Tensor "
       "value, " EXTRAS ") -> ()");
   library.def(
-      "attention_forward_and_mean(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? mean_weights, Tensor query, "
-      "Tensor key, "
-      "Tensor value, " EXTRAS ") -> ()");
+      "attention_forward_and_weights(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? weights, Tensor query, "
+      "Tensor key, Tensor value, " EXTRAS ") -> ()");
   library.def(
       "attention_backward(Tensor(a!)? query_grad, Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? "
       "bias_grad, bool first_bias_grad, Tensor out_grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor "
@@ -317,7 +317,7 @@ STABLE_TORCH_LIBRARY_IMPL(PYARCH_NAMESPACE, CompositeExplicitAutograd, library) 
 
 STABLE_TORCH_LIBRARY_IMPL(PYARCH_NAMESPACE, CPU, library) {
   library.impl("attention_forward", TORCH_BOX(&pyarch::forward));
-  library.impl("attention_forward_and_mean", TORCH_BOX(&pyarch::forward_and_mean));
+  library.impl("attention_forward_and_weights", TORCH_BOX(&pyarch::forward_and_weights));
   library.impl("attention_backward", TORCH_BOX(&pyarch::backward));
   library.impl("attention_varlen_forward", TORCH_BOX(&pyarch::varlen_forward));
   library.impl("attention_varlen_backward", TORCH_BOX(&pyarch::varlen_backward));

@@ -35,8 +35,8 @@ struct Meeting {
   float shifts[LANES];
 };
 
-// The probabilities of a chunk of queries: of one head as they were made, and their mean over heads.
-struct Averages {
+// The probabilities of a chunk of queries: of one head as they were made, and, where wanted, their mean over heads.
+struct Kept {
   int64_t first;  // query
   int64_t pitch;  // of a row, a float for each key
   float *made, *mean;
@@ -57,7 +57,7 @@ class Forward {
         rule_{args.scores},
         dropout_(args.scores.dropout, args.scores.seed),
         weights_pitch_(round_up(shape_.keys, PANEL)),
-        chunk_rows_(args.mean_weights ? averaged_rows() : CHUNK<T>),
+        chunk_rows_(args.weights ? kept_rows() : CHUNK<T>),
         chunks_(ceil_div(shape_.queries, chunk_rows_)),
         key_floats_(row_panels_floats<T>(shape_.keys, shape_.head_dim)),
         value_floats_(column_panels_floats<T>(shape_.keys, shape_.value_dim)),
@@ -104,28 +104,28 @@ class Forward {
       run_chunk(sight, unit, chunk / chunks_, chunk % chunks_, panels, work, nullptr);
   }
 
-  // Whether the call wants a mean over heads; its chunks then go through all heads, each with two stretches of floats.
-  bool averages() const { return args_.mean_weights; }
-  int64_t averaged_chunks() const { return shape_.batch * chunks_; }
-  int64_t averages_bytes() const { return 2 * chunk_rows_ * weights_pitch_ * int64_t(sizeof(float)); }
+  // Whether the call wants its weights; its chunks then go through all heads, each with two stretches of floats.
+  bool keeps() const { return args_.weights; }
+  int64_t kept_chunks() const { return shape_.batch * chunks_; }
+  int64_t kept_bytes() const { return 2 * chunk_rows_ * weights_pitch_ * int64_t(sizeof(float)); }
 
   template <class Packed>
-  void average_chunk(int64_t task, const Packed& packed, char* work, float* floats) const {
+  void run_kept_chunk(int64_t task, const Packed& packed, char* work, float* floats) const {
     const int64_t b = task / chunks_, index = task % chunks_;
     const Sight sight(shape_, args_.pattern, b);
     const Span rows = chunk_of(index);
     const int64_t count = chunk_rows_ * weights_pitch_;
-    Averages averages{rows.begin, weights_pitch_, floats, floats + count};
-    std::fill_n(averages.mean, rows.size() * weights_pitch_, 0.0f);
+    Kept kept{rows.begin, weights_pitch_, floats, args_.mean_weights ? floats + count : nullptr};
+    if (kept.mean) std::fill_n(kept.mean, rows.size() * weights_pitch_, 0.0f);
     for (int64_t h = 0; h < shape_.heads; ++h) {
       const int64_t unit = b * shape_.kv_heads + h / shape_.group();
-      averages.meetings.clear();
+      kept.meetings.clear();
       run_chunk(sight, unit, h % shape_.group(), index, reinterpret_cast<const float*>(packed(unit)), work,
-                &averages);
+                &kept);
     }
-    for (int64_t query = rows.begin; query < rows.end; ++query)
-      write_row(args_.mean_weights + (b * shape_.queries + query) * shape_.keys,
-                averages.mean + averages.row(query), shape_.keys, broadcast(1.0f));
+    for (int64_t query = rows.begin; kept.mean && query < rows.end; ++query)
+      write_row(args_.weights + (b * shape_.queries + query) * shape_.keys, kept.mean + kept.row(query),
+                shape_.keys, broadcast(1.0f));
   }
 
  private:
@@ -145,16 +145,16 @@ class Forward {
     const float *keys, *values;
     Work& work;
     float *queries, *sums;  // packed strips; CHUNK_ROWS x value_pitch
-    Averages* averages;     // or null
+    Kept* kept;             // or null
   };
 
   int64_t value_pitch() const { return value_panels_ * PANEL; }
   int64_t panel_bytes() const { return aligned((key_floats_ + value_floats_) * int64_t(sizeof(float))); }
 
   // Queries that leave several threads some, and their probabilities in a cache.
-  int64_t averaged_rows() const {
-    const int64_t rows = std::min(AVERAGED_FLOATS / std::max<int64_t>(weights_pitch_, 1),
-                                  shape_.batch * shape_.queries / AVERAGED_CHUNKS);
+  int64_t kept_rows() const {
+    const int64_t rows = std::min(KEPT_FLOATS / std::max<int64_t>(weights_pitch_, 1),
+                                  shape_.batch * shape_.queries / KEPT_CHUNKS);
     return std::clamp(rows / STRIP<T>, int64_t(1), CHUNK_STRIPS<T>) * STRIP<T>;
   }
 
@@ -163,7 +163,7 @@ class Forward {
   }
 
   void run_chunk(const Sight& sight, int64_t unit, int64_t head_of_group, int64_t index, const float* panels,
-                 char* memory, Averages* averages) const {
+                 char* memory, Kept* kept) const {
     const int64_t b = unit / shape_.kv_heads;
     const int64_t h = unit % shape_.kv_heads * shape_.group() + head_of_group;
     const Span rows = chunk_of(index);
@@ -176,7 +176,7 @@ class Forward {
     const int64_t query_floats = strip_floats<T>(shape_.head_dim);
     float* const sums = queries + CHUNK_STRIPS<T> * query_floats;
     const auto strip_sums = [&](int64_t s) { return sums + s * STRIP<T> * value_pitch(); };
-    const Chunk chunk{sight, b, h, panels, panels + key_floats_, work, queries, sums, averages};
+    const Chunk chunk{sight, b, h, panels, panels + key_floats_, work, queries, sums, kept};
 
     const Rows<T> query = Rows<T>::of(args_.query, b, h, shape_.head_dim);
     for (int64_t s = 0; s < strips; ++s) {
@@ -220,8 +220,8 @@ class Forward {
     const int64_t width = columns_of<T>(keys.size());
     update_exponents(work, state, plain);
     for (int64_t r = 0; r < count; ++r) exponentiate_row(chunk, rows.begin + r, r, keys, width, state, plain);
-    if (chunk.averages) {
-      Meeting& meeting = chunk.averages->meetings.emplace_back(Meeting{rows, keys, {}});
+    if (chunk.kept) {
+      Meeting& meeting = chunk.kept->meetings.emplace_back(Meeting{rows, keys, {}});
       std::copy_n(work.shifts, LANES, meeting.shifts);
     }
 
@@ -277,8 +277,7 @@ class Forward {
     const Vec shift = sub(zero(), broadcast(work.shifts[r]));
     if (dropout_.drops()) dropout_.keep(chunk.batch * shape_.heads + chunk.head, query, keys, work.kept);
     const bool drops = dropout_.drops();
-    float* const made =
-        chunk.averages ? chunk.averages->made + chunk.averages->row(query) + keys.begin : nullptr;
+    float* const made = chunk.kept ? chunk.kept->made + chunk.kept->row(query) + keys.begin : nullptr;
     Vec total = mul(load(state.sums + r * LANES), broadcast(work.factors[r]));
     for (int64_t k = 0; k < width; k += LANES) {
       Vec p = power_of_two(fma(load(scores + k), factor, shift));
@@ -304,32 +303,43 @@ class Forward {
       const RowEnd end = RowEnd::of(state.exponents[r], sum(load(state.sums + r * LANES)), sink);
       args_.lse[(chunk.batch * shape_.heads + chunk.head) * args_.lse_stride + rows.begin + r] = end.lse;
       T* const out = args_.out.at(chunk.batch, chunk.head) + (rows.begin + r) * args_.out.row_stride;
-      if (end.factor == 0 || state.fresh) {
+      const bool sees = end.factor != 0 && !state.fresh;
+      const float share = sees ? end.factor * dropout_.rescale() : 0;
+      if (sees)
+        write_row(out, sums + r * value_pitch(), shape_.value_dim, broadcast(share));
+      else
         std::fill(out, out + shape_.value_dim, T{});
-        continue;
-      }
-      const float share = end.factor * dropout_.rescale();
-      write_row(out, sums + r * value_pitch(), shape_.value_dim, broadcast(share));
-      if (chunk.averages)
-        add_to_mean(*chunk.averages, rows, r, std::max(state.exponents[r], LOWEST), share / shape_.heads);
+      if (chunk.kept) weigh_row(chunk, rows, r, std::max(state.exponents[r], LOWEST), share);
     }
   }
 
-  // Adds a row's probabilities, which `share` makes whole where they were taken relative to `exponent`.
-  static void add_to_mean(const Averages& averages, Span rows, int64_t r, float exponent, float share) {
-    const int64_t row = averages.row(rows.begin + r);
-    for (const Meeting& meeting : averages.meetings) {
+  // Adds a row's probabilities to the mean or writes them: `share` makes those whole that were taken relative to
+  // `exponent`.
+  void weigh_row(const Chunk& chunk, Span rows, int64_t r, float exponent, float share) const {
+    const Kept& kept = *chunk.kept;
+    const int64_t query = rows.begin + r, row = kept.row(query);
+    T* const weights =
+        args_.weights + ((chunk.batch * shape_.heads + chunk.head) * shape_.queries + query) * shape_.keys;
+    if (!kept.mean) std::fill_n(weights, shape_.keys, T{});
+    if (share == 0) return;
+    for (const Meeting& meeting : kept.meetings) {
       if (meeting.rows.begin != rows.begin) continue;
-      const Vec scale = broadcast(std::exp2(meeting.shifts[r] - exponent) * share);
-      const float* const made = averages.made + row + meeting.keys.begin;
-      float* const mean = averages.mean + row + meeting.keys.begin;
-      for (int64_t k = 0; k < meeting.keys.size(); k += LANES)
-        store(mean + k, fma(load(made + k), scale, load(mean + k)));
+      const float scale = std::exp2(meeting.shifts[r] - exponent) * share;
+      const float* const made = kept.made + row + meeting.keys.begin;
+      if (kept.mean)
+        add_row(kept.mean + row + meeting.keys.begin, made, meeting.keys.size(), scale / shape_.heads);
+      else
+        write_row(weights + meeting.keys.begin, made, meeting.keys.size(), broadcast(scale));
     }
   }
 
-  static constexpr int64_t AVERAGED_FLOATS = 64 * 1024;
-  static constexpr int64_t AVERAGED_CHUNKS = 8;
+  static void add_row(float* sums, const float* row, int64_t columns, float scale) {
+    for (int64_t k = 0; k < columns; k += LANES)
+      store(sums + k, fma(load(row + k), broadcast(scale), load(sums + k)));
+  }
+
+  static constexpr int64_t KEPT_FLOATS = 64 * 1024;
+  static constexpr int64_t KEPT_CHUNKS = 8;
 
   const AttentionForward<T>& args_;
   const AttentionShape shape_;
@@ -351,7 +361,7 @@ class Forwards {
       units_.append(call.units());
       all += call.unit_weight() * double(call.units());
     }
-    whole_units_ = !calls_[0].averages() && tasks_.share_evenly(units_.count(), calls_[0].unit_weight(), all);
+    whole_units_ = !calls_[0].keeps() && tasks_.share_evenly(units_.count(), calls_[0].unit_weight(), all);
   }
 
   void run(const GiveScratch& give, const ParallelFor& parallel) const {
@@ -374,7 +384,7 @@ class Forwards {
     });
   }
 
-  // All units are packed before the first chunk. A call that wants a mean over heads is alone.
+  // All units are packed before the first chunk. A call that wants its weights is alone.
   void run_chunks(int64_t work_bytes, const GiveScratch& give, const ParallelFor& parallel) const {
     std::vector<int64_t> first;
     TasksOfCalls chunks;
@@ -384,9 +394,9 @@ class Forwards {
       packed_bytes += call.units() * call.packed_bytes();
       chunks.append(call.units() * call.chunks());
     }
-    const int64_t averages_bytes = calls_[0].averages() ? calls_[0].averages_bytes() : 0;
+    const int64_t kept_bytes = calls_[0].keeps() ? calls_[0].kept_bytes() : 0;
     char* const memory =
-        static_cast<char*>(give(packed_bytes + tasks_.threads() * (work_bytes + averages_bytes)));
+        static_cast<char*>(give(packed_bytes + tasks_.threads() * (work_bytes + kept_bytes)));
     const auto packed = [&](int64_t index, int64_t unit) {
       return memory + first[index] + unit * calls_[index].packed_bytes();
     };
@@ -394,13 +404,13 @@ class Forwards {
       const auto [index, unit] = units_.at(task / 2);
       calls_[index].pack_unit(unit, task % 2 == 0, task % 2 == 1, packed(index, unit));
     });
-    if (calls_[0].averages()) {
+    if (calls_[0].keeps()) {
       char* const works = memory + packed_bytes;
-      char* const averages = works + tasks_.threads() * work_bytes;
-      tasks_.template each<T>(calls_[0].averaged_chunks(), parallel, [&](int64_t task, int64_t thread) {
-        calls_[0].average_chunk(
+      char* const kept = works + tasks_.threads() * work_bytes;
+      tasks_.template each<T>(calls_[0].kept_chunks(), parallel, [&](int64_t task, int64_t thread) {
+        calls_[0].run_kept_chunk(
             task, [&](int64_t unit) { return packed(0, unit); }, works + thread * work_bytes,
-            reinterpret_cast<float*>(averages + thread * averages_bytes));
+            reinterpret_cast<float*>(kept + thread * kept_bytes));
       });
       return;
     }

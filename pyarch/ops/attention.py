@@ -115,8 +115,8 @@ def run(
         query, key, value = _each_once(query, key, value)
     if by_torch and return_weights is None and not return_lse:
         return without_autocast(attention_torch.attend, query.device, query, key, value, extras, settings)
-    if return_weights == "mean" and kernel is not None and kernel.name == weights_kernel.name == "cpu":
-        kernel, weights_kernel = attention_cpu.out_and_mean()
+    if weights_kernel is not None and kernel.name == weights_kernel.name == "cpu":
+        kernel, weights_kernel = attention_cpu.out_and_weights(return_weights == "mean")
     if save:
         given = () if extras is NO_EXTRAS else extras
         out, lse = run_tracked(kernel, settings, backend, query, key, value, *given)

@@ -28,16 +28,16 @@ def forward(
     return out, lse
 
 
-def forward_and_mean(
-    query: Tensor, key: Tensor, value: Tensor, extras: Extras, settings: Settings
+def forward_and_weights(
+    query: Tensor, key: Tensor, value: Tensor, extras: Extras, settings: Settings, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward`, and the mean over heads of `weights`, (B, Tq, Tk), in one go and not in two."""
-    made = torch.empty((query.shape[0], query.shape[2], key.shape[2]), dtype=query.dtype)
+    """`forward` and `weights` in one go and not in two."""
+    made = torch.empty(_weights_shape(query, key, mean), dtype=query.dtype)
     if settings.dropout_p >= 1 or not query.shape[1]:
         return *forward(query, key, value, extras, settings), made.zero_()
     out = empty_output(query, value.shape[3])
     lse = torch.empty(query.shape[:3], dtype=torch.float32)
-    native.operators().attention_forward_and_mean(
+    native.operators().attention_forward_and_weights(
         out, lse, made, query, key, value, *_options(extras, settings)
     )
     return out, lse, made
@@ -49,13 +49,13 @@ class Kernel(NamedTuple):
     run: Callable
 
 
-def out_and_mean() -> tuple[Kernel, Kernel]:
-    """A call's `forward`, which makes its mean weights too, and `weights`, which hands them over once."""
+def out_and_weights(mean: bool) -> tuple[Kernel, Kernel]:
+    """A call's `forward`, which makes its weights too, and `weights`, which hands them over once."""
     kept = []
 
     def run(*arguments) -> tuple[Tensor, Tensor]:
-        out, lse, mean = forward_and_mean(*arguments)
-        kept.append(mean)
+        out, lse, made = forward_and_weights(*arguments, mean)
+        kept.append(made)
         return out, lse
 
     return Kernel(run), Kernel(lambda *arguments: kept.pop())
@@ -110,13 +110,17 @@ def weights(
     query: Tensor, key: Tensor, lse: Tensor, extras: Extras, settings: Settings, mean: bool
 ) -> Tensor:
     """Arguments and result as `pyarch.reference.attention.weights`."""
-    batch, heads, queries, _ = query.shape
-    shape = (batch, queries, key.shape[2]) if mean else (batch, heads, queries, key.shape[2])
+    shape = _weights_shape(query, key, mean)
     if settings.dropout_p >= 1:
         return torch.zeros(shape, dtype=query.dtype)
     made = torch.empty(shape, dtype=query.dtype)
     native.operators().attention_weights(made, query, key, lse, mean, *_options(extras, settings))
     return made
+
+
+def _weights_shape(query: Tensor, key: Tensor, mean: bool) -> tuple[int, ...]:
+    batch, heads, queries, _ = query.shape
+    return (batch, queries, key.shape[2]) if mean else (batch, heads, queries, key.shape[2])
 
 
 def _options(extras: Extras, settings: Settings) -> tuple:
