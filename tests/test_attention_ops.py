@@ -190,6 +190,7 @@ def test_attention_float64_runs_on_a_backend_that_takes_it():
 OPCHECK = table(
     Case(5, 7, causal=True, heads=4, kv_heads=2, value_dim=3, layout=heads_last, left=2, dilation=2),
     Case(5, 7, mask="bqk", bias="hqk", padding=True, sinks=True, lse_grad=True, lost=True, dropout=0.5),
+    Case(5, 7, distance="h", causal=True),
 )
 
 
@@ -203,7 +204,7 @@ def test_attention_opcheck(backend, case):
         torch.library.opcheck(FORWARD_OP, (*operands[:3], *options, save, backend))
     out, lse = FORWARD_OP(*operands[:3], *options, True, backend)
     given = operands.grad_out, operands.grad_lse, *operands[:3], out, lse
-    for needs in (operands.needs, [False, True, False, False, False]):
+    for needs in (operands.needs, [False, True, False, False, False, False]):
         torch.library.opcheck(BACKWARD_OP, (*given, *options, needs, backend))
     for mean in (True, False):
         torch.library.opcheck(WEIGHTS_OP, (*operands[:2], lse, *options, mean, backend))
