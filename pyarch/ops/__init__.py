@@ -1,10 +1,13 @@
 """The functional forms of pyarch's operators."""
 
+from pyarch.ops.attention_biases import alibi_bias, alibi_slopes, t5_bias
 from pyarch.ops.attention_functions import scaled_dot_product_attention
 from pyarch.ops.conv import depthwise_conv
 from pyarch.ops.recurrent_functions import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
 __all__ = [
+    "alibi_bias",
+    "alibi_slopes",
     "depthwise_conv",
     "gru",
     "gru_cell",
@@ -13,4 +16,5 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",
+    "t5_bias",
 ]
