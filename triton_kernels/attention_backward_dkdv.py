@@ -48,7 +48,7 @@ def add_queries(
     Tq, Tk = sizes
     left, right, ahead, dilation, query_offset = window
     mask_ptr, stride_mt, stride_ms, padding_ptr, stride_ps, global_tokens, global_ptr, stride_gt, T = tests
-    scale, softcap, bias_ptr, stride_bt, stride_bs = scores
+    scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr = scores
     seed, head, threshold, keep_scale = dropout
     q_ptr, stride_qt, stride_qd = q_rows
     do_ptr, stride_yt, stride_yd = do_rows
@@ -66,7 +66,7 @@ def add_queries(
             LATTICE, HAS_GLOBAL,
         )  # fmt: skip
         exist = any_visible(visible, 1)
-    if bias_ptr is not None:
+    if bias_ptr is not None or distance_ptr is not None:
         seeing = lse < float("inf")
         exist = exist & seeing if TESTED else seeing
     q = load_piece(q_ptr, rows.to(tl.int64) * stride_qt, exist, stride_qd, D, 0, BLOCK_D)
@@ -77,7 +77,8 @@ def add_queries(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     used, _, dproduct = score_gradients(
         tl.trans(product), tl.trans(dp), lse, delta, visible, None, rows, cols, first_col, step, Tq, Tk,
-        scale, softcap, bias_ptr, stride_bt, stride_bs, seed, head, threshold, keep_scale,
+        scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr,
+        seed, head, threshold, keep_scale,
         HAS_SOFTCAP, HAS_DROPOUT, TESTED, CLASSES,
     )  # fmt: skip
     if NEED_DV:
@@ -90,7 +91,7 @@ def add_queries(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    mask_ptr, bias_ptr, padding_ptr, global_ptr, seed_ptr,
+    mask_ptr, bias_ptr, distance_ptr, padding_ptr, global_ptr, seed_ptr,
     H, group, Tq, Tk, T, tiles,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -100,6 +101,7 @@ def attention_backward_dkdv_kernel(
     stride_dvb, stride_dvh, stride_dvt, stride_dvd,
     stride_mb, stride_mh, stride_mt, stride_ms,
     stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_rb, stride_rh,
     stride_pb, stride_ps, stride_gb, stride_gt,
     scale, softcap, left, right, ahead, dilation, step, query_offset, global_tokens, threshold, keep_scale,
     LATTICE: tl.constexpr, CLASSES: tl.constexpr, HAS_GLOBAL: tl.constexpr,
@@ -170,20 +172,23 @@ def attention_backward_dkdv_kernel(
         head = b * H + h
         q_rows = (q_ptr + b * stride_qb + h * stride_qh, stride_qt, stride_qd)
         do_rows = (do_ptr + b * stride_yb + h * stride_yh, stride_yt, stride_yd)
-        head_mask_ptr, head_bias_ptr, head_delta_ptr = mask_ptr, bias_ptr, delta_ptr
+        head_mask_ptr, head_bias_ptr = mask_ptr, bias_ptr
+        head_distance_ptr, head_delta_ptr = distance_ptr, delta_ptr
         if mask_ptr is not None:
             head_mask_ptr = mask_ptr + b * stride_mb + h * stride_mh
         if delta_ptr is not None:
             head_delta_ptr = delta_ptr + head * Tq
         if bias_ptr is not None:
             head_bias_ptr = bias_ptr + b * stride_bb + h * stride_bh
+        if distance_ptr is not None:
+            head_distance_ptr = distance_ptr + b * stride_rb + h * stride_rh
         sizes = (Tq, Tk)
         window = (left, right, ahead, dilation, query_offset)
         tests = (
             head_mask_ptr, stride_mt, stride_ms, padding_ptr, stride_ps,
             global_tokens, global_ptr, stride_gt, T,
         )  # fmt: skip
-        scores = (scale, softcap, head_bias_ptr, stride_bt, stride_bs)
+        scores = (scale, softcap, head_bias_ptr, stride_bt, stride_bs, head_distance_ptr)
         dropout = (seed, head.to(tl.int32), threshold, keep_scale)
         for number in tl.range(edges, num_stages=1):
             unit = edge_start(number, begin, outside, lo, full_lo, full_hi, BLOCK_M)
