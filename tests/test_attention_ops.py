@@ -177,6 +177,18 @@ def test_attention_explain_of_what_goes_straight_to_torch():
             assert "torch's own operator runs it directly" in verdict.concessions[0]
 
 
+def test_attention_triton_leaves_wide_heads_with_a_bias_of_distances():
+    """Backward only, where the registers do not suffice."""
+    operands = Case(3, 4, dim=136, distance="h").operands(torch.bfloat16)
+    call = describe(*operands[:5], True)
+    words = "head_dim 136, needs at most 128"
+    found = {
+        op: next(each for each in op.explain(call) if each.backend == "triton").refusals
+        for op in (attention.FORWARD, attention.BACKWARD)
+    }
+    assert words in found[attention.BACKWARD] and words not in found[attention.FORWARD]
+
+
 def test_attention_float64_runs_on_a_backend_that_takes_it():
     tensors = drawn(dtype=torch.float64)
     found, seen = ran("auto", lambda: outcome(ours, tensors))

@@ -147,7 +147,6 @@ AUDIT = (
     AuditCase(128, FP32, "tf32", passes=WITH_BIAS, changed=True),
     AuditCase(256, FP32, "tf32", passes=("forward",)),
     AuditCase(128, passes=BY_DISTANCE, changed=True, by_distance=True),
-    AuditCase(256, passes=("dkdv", "dq"), changed=True, by_distance=True),
     AuditCase(64, FP32, passes=BY_DISTANCE, changed=True, by_distance=True),
     AuditCase(128, FP32, "tf32", passes=BY_DISTANCE, changed=True, by_distance=True),
 )

@@ -189,7 +189,8 @@ def _triton_refusals(call: AttentionCall) -> Reasons:
 
 def _triton_backward_refusals(call: AttentionCall) -> Reasons:
     yield from triton_refusals(call)
-    yield from _wider_than(_WIDEST_FLOAT32_BACKWARD if call.dtype == torch.float32 else _WIDEST, call)
+    is_full = call.dtype == torch.float32 or call.distance_bias
+    yield from _wider_than(_WIDEST_FULL_BACKWARD if is_full else _WIDEST, call)
 
 
 def _wider_than(widest: int, call: AttentionCall) -> Reasons:
@@ -198,9 +199,10 @@ def _wider_than(widest: int, call: AttentionCall) -> Reasons:
             yield f"{name} {width}, needs at most {widest}"
 
 
-# Of the Triton kernels; a wider float32 backward has not the registers and would spill.
+# Of the Triton kernels; a wider backward of float32, or with a bias of distances, has not the registers and
+# would spill.
 _WIDEST = 256
-_WIDEST_FLOAT32_BACKWARD = 128
+_WIDEST_FULL_BACKWARD = 128
 
 
 def _op(name: str, function: str, torch_refusals, concessions=accepts_all, triton=_triton_refusals) -> Op:
