@@ -105,10 +105,20 @@ def test_attention_reference_takes_every_call(op):
 
 
 def test_attention_misfit_finds_nothing_wrong_with_a_good_call():
-    good = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3), (1, 1, 5, 7), (2, 1, 1, 7), (2, 7), (2, 9), (4,)
+    good = (
+        (2, 4, 5, 8),
+        (2, 2, 7, 8),
+        (2, 2, 7, 3),
+        (1, 1, 5, 7),
+        (2, 1, 1, 7),
+        (2, 7),
+        (2, 9),
+        (4,),
+        (1, 4, 11),
+    )
     assert misfit(*good) is None
     for place, wrong in enumerate(
-        [(2, 3, 5, 8), (2, 2, 7, 9), (2, 2, 6, 3), (5, 7), (3, 1, 1, 7), (2, 8), (3, 9), (2,)]
+        [(2, 3, 5, 8), (2, 2, 7, 9), (2, 2, 6, 3), (5, 7), (3, 1, 1, 7), (2, 8), (3, 9), (2,), (1, 4, 12)]
     ):
         assert misfit(*good[:place], wrong, *good[place + 1 :]), place
 
