@@ -63,7 +63,7 @@ def score_gradients(
     """
     scores = scores_in_base_2(
         product, rows, cols, Tq, Tk, scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr,
-        HAS_SOFTCAP,
+        HAS_SOFTCAP, True,
     )  # fmt: skip
     p = tl.math.exp2(scores - lse[:, None])
     if TESTED:
