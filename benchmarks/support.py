@@ -140,6 +140,7 @@ ATTENTION_FEATURES: dict[str, dict] = {
     "bool mask": {"mask": True},
     "additive bias": {"bias": True},
     "learned bias": {"bias": True, "bias_grad": True},
+    "bias by distance": {"distance_bias": True},
     "key padding": {"padding": True},
     "dropout": {"dropout": True},
     "softcap": {"softcap": True},

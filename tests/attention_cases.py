@@ -57,7 +57,8 @@ def rows_reversed(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `mask` and `bias` name the dimensions, of b h q k, that they do not broadcast over.
+    """One call. `mask` and `bias` name the dimensions, of b h q k, that they do not broadcast over,
+    `distance` those of b h, of a bias of distances.
 
     `lost` hides everything from the second query (the only one, where there is one) through the mask, and all
     keys of the last sample through the padding; `factor` scales the query, `shift` is added to the bias.
@@ -81,6 +82,7 @@ class Case:
     dropout: float = 0.0
     mask: str | None = None
     bias: str | None = None
+    distance: str | None = None
     extras_dtype: torch.dtype | None = None
     shift: float = 0.0
     padding: bool = False
@@ -134,7 +136,7 @@ class Case:
         query = self.factor * drawn(self.batch, self.heads, self.queries, self.dim)
         key = drawn(self.batch, kv_heads, self.keys, self.dim)
         value = drawn(self.batch, kv_heads, self.keys, value_dim)
-        mask = bias = padding = global_mask = None
+        mask = bias = padding = global_mask = distance_bias = None
         if self.mask is not None:
             mask = seen(*self.shape_over(self.mask))
             mask[..., :1] = True
@@ -148,6 +150,10 @@ class Case:
             padding[self.batch - self.lost :] = True
         if self.global_mask:
             global_mask = ~seen(self.batch, max(self.keys, self.queries + self.offset))
+        if self.distance is not None:
+            sizes = self.shape_over(self.distance)[:2]
+            distance_bias = drawn(*sizes, max(self.queries + self.keys - 1, 0)) + self.shift
+            distance_bias = distance_bias.to(self.extras_dtype or dtype)
         return Operands(
             *(self.layout(each.to(dtype)) for each in (query, key, value)),
             Extras(
@@ -157,6 +163,7 @@ class Case:
                 global_mask,
                 drawn(self.heads).to(self.extras_dtype or dtype) if self.sinks else None,
                 torch.tensor(self.seed + 2**40 + 7) if 0 < self.dropout < 1 else None,
+                distance_bias,
             ),
             self.settings,
             self.grad_layout(drawn(self.batch, self.heads, self.queries, value_dim).to(dtype)),
@@ -267,12 +274,32 @@ LAYOUTS = table(
     *(Case(9, 11, grad_layout=layout, bias="hqk") for layout in _LAYOUTS),
     Case(70, 70, dim=64, layout=heads_last, grad_layout=heads_last, left=9, right=0),
 )
-CASES = SIZES | EMPTY | PATTERNS | MASKS | SCORES | LAYOUTS
+DISTANCES = table(
+    *(Case(9, 11, distance=over) for over in ("", "h", "b", "bh")),
+    *(Case(queries, keys, distance="h") for queries, keys in ((1, 1), (1, 9), (9, 1), (33, 70), (70, 33))),
+    *(Case(queries, 0, distance="h") for queries in (0, 1, 5)),
+    Case(0, 7, distance="bh"),
+    Case(batch=0, distance="h"),
+    Case(9, 11, distance="h", extras_dtype=torch.float32),
+    Case(300, 500, batch=1, distance="h"),
+    Case(130, 700, heads=1, distance="", left=200, right=20, offset=500),
+    Case(70, 130, heads=4, kv_heads=2, distance="h", causal=True, value_dim=5),
+    Case(70, 130, heads=4, kv_heads=1, distance="b", bias="hqk", softcap=3.0, factor=4.0),
+    Case(33, 70, distance="bh", bias="bk", mask="bqk", lost=True, padding=True, sinks=True, lse_grad=True),
+    Case(70, 70, distance="h", left=9, right=3, global_tokens=2),
+    Case(70, 70, distance="h", left=3, right=3, dilation=3, padding=True, lost=True),
+    Case(90, 40, distance="", left=7, right=3, offset=-20, global_mask=True, causal=True),
+    Case(33, 70, distance="h", dropout=0.3, layout=heads_last, grad_layout=heads_last),
+    Case(9, 11, distance="h", shift=-200.0, lse_grad=True),
+    Case(9, 11, distance="bh", dropout=1.0),
+)
+CASES = SIZES | EMPTY | PATTERNS | MASKS | SCORES | LAYOUTS | DISTANCES
 SOME = table(
     Case(33, 35, causal=True, heads=4, kv_heads=2),
     Case(33, 35, value_dim=5, bias="hqk", left=6, right=3),
     Case(33, 35, mask="bqk", lost=True, padding=True, sinks=True, lse_grad=True, softcap=4.0),
     Case(33, 35, dropout=0.3, bias="bk", layout=heads_last, grad_layout=heads_last),
+    Case(33, 35, distance="h", value_dim=5, left=9, right=9, padding=True),
 )
 # Every remainder of both lengths to 64, in some order, below and above one tile.
 RESIDUES = [

@@ -1,8 +1,9 @@
 """Attention by definition, in plain torch and apart from pyarch.reference: what every backend is held to.
 
-A result is a dict: "out", "lse", then "grad query", "grad key", "grad value", "grad bias" and "grad sinks";
-None where there is none. Float64 by definition is the truth; torch's own operator in the dtype, or float32 by
-definition rounded to it where torch has no such operator, is what the tolerance rule compares with.
+A result is a dict: "out", "lse", then "grad query", "grad key", "grad value", "grad bias", "grad sinks" and
+"grad distance bias"; None where there is none. Float64 by definition is the truth; torch's own operator in
+the dtype, or float32 by definition rounded to it where torch has no such operator, is what the tolerance rule
+compares with.
 B batch, H query heads, Hk key heads, Tq queries, Tk keys, D width of queries and keys, Dv of values.
 """
 
@@ -20,7 +21,7 @@ from pyarch.tolerance import scale as magnitude
 from tests.compare import check
 
 RESULTS = ("out", "lse")
-GRADIENTS = ("grad query", "grad key", "grad value", "grad bias", "grad sinks")
+GRADIENTS = ("grad query", "grad key", "grad value", "grad bias", "grad sinks", "grad distance bias")
 NEGATIVE_INFINITY = float("-inf")
 # torch's fused CPU kernel takes the exponentials of a 16-bit call to about 14 bits; its float32 lse shows it.
 ERROR_OF_TORCHS_LSE_OF_16_BITS = 2**-14
@@ -40,17 +41,17 @@ class Operands(NamedTuple):
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """In the order of GRADIENTS."""
-        return self.query, self.key, self.value, self.extras.bias, self.extras.sinks
+        extras = self.extras
+        return self.query, self.key, self.value, extras.bias, extras.sinks, extras.distance_bias
 
     @property
     def needs(self) -> list[bool]:
         return [each is not None for each in self.differentiable]
 
     def with_leaves(self, leaves: Sequence[Tensor | None]) -> Operands:
-        query, key, value, bias, sinks = leaves
-        return self._replace(
-            query=query, key=key, value=value, extras=self.extras._replace(bias=bias, sinks=sinks)
-        )
+        query, key, value, bias, sinks, distance_bias = leaves
+        extras = self.extras._replace(bias=bias, sinks=sinks, distance_bias=distance_bias)
+        return self._replace(query=query, key=key, value=value, extras=extras)
 
     def as_dtype(self, dtype: torch.dtype) -> Operands:
         """The same numbers, contiguous, in another dtype."""
@@ -98,6 +99,13 @@ def kept(shape: Sequence[int], dropout_p: float, seed: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------ the definition
+
+
+def spread(distance_bias: Tensor, queries: int, keys: int) -> Tensor:
+    """A bias of distances for every pair, (B or 1, H or 1, Tq, Tk), a query after the other."""
+    rows = [distance_bias[..., queries - 1 - i : queries - 1 - i + keys] for i in range(queries)]
+    none = distance_bias[..., :0, None].expand(*distance_bias.shape[:2], 0, keys)
+    return torch.stack(rows, -2) if rows else none
 
 
 class Composed(NamedTuple):
@@ -167,6 +175,8 @@ def composed(operands: Operands) -> Composed:
         scores = settings.softcap * torch.tanh(scores / settings.softcap)
     if extras.bias is not None:
         scores = scores + extras.bias
+    if extras.distance_bias is not None:
+        scores = scores + spread(extras.distance_bias, *scores.shape[2:])
     scores = scores.masked_fill(~visible, NEGATIVE_INFINITY)
     sinks = None if extras.sinks is None else extras.sinks[:, None, None].to(scores.dtype)
     peak = scores.new_full((*scores.shape[:3], 1), NEGATIVE_INFINITY)
@@ -234,8 +244,12 @@ def by_stock(operands: Operands) -> Tensor:
     query, key, value, extras, settings = operands[:5]
     visible = visible_of(operands)
     mask = None if visible.all() else visible
-    if extras.bias is not None:
-        mask = extras.bias.expand(visible.shape).masked_fill(~visible, NEGATIVE_INFINITY)
+    bias = extras.bias
+    if extras.distance_bias is not None:
+        of_distance = spread(extras.distance_bias, *visible.shape[2:])
+        bias = of_distance if bias is None else bias + of_distance
+    if bias is not None:
+        mask = bias.expand(visible.shape).masked_fill(~visible, NEGATIVE_INFINITY)
     return F.scaled_dot_product_attention(
         query, key, value, mask, scale=settings.scale, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -284,6 +298,9 @@ def absolute_terms(operands: Operands) -> tuple[dict[str, float], float]:
     scores = factor * query @ many_key.mT
     if operands.extras.bias is not None:
         scores = scores + operands.extras.bias.abs()
+    distance_bias = operands.extras.distance_bias
+    if distance_bias is not None:
+        scores = scores + spread(distance_bias.abs(), *scores.shape[2:])
     carries = 1 + largest(scores.where(result.visible, 0))
     dropped = result.probabilities * result.passed
     out = dropped @ many_value
@@ -304,6 +321,10 @@ def absolute_terms(operands: Operands) -> tuple[dict[str, float], float]:
     }
     if operands.extras.bias is not None:
         terms["grad bias"] = largest(of_scores.sum_to_size(operands.extras.bias.shape))
+    if distance_bias is not None:
+        every = distance_bias.detach().expand(*query.shape[:2], -1).requires_grad_()
+        spread(every, *scores.shape[2:]).backward(of_scores)
+        terms["grad distance bias"] = largest(every.grad.sum_to_size(distance_bias.shape))
     if operands.extras.sinks is not None:
         share = (operands.extras.sinks[:, None] - result.lse).exp()
         terms["grad sinks"] = largest((share * delta.squeeze(-1)).sum((0, 2)))

@@ -48,6 +48,7 @@ def arguments_of(operands: Operands) -> tuple[list[Tensor], dict]:
         key_padding_mask=extras.padding,
         softcap=settings.softcap or None,
         sinks=extras.sinks,
+        distance_bias=extras.distance_bias,
     )
 
 

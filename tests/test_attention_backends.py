@@ -395,6 +395,8 @@ WEIGHED = table(
     Case(5, 7, dropout=1.0),
     Case(5, 7, factor=1e4),
     Case(70, 70, left=3, right=0, dilation=2, global_tokens=2, heads=3),
+    Case(70, 33, distance="h", heads=4, kv_heads=2, causal=True),
+    Case(33, 70, distance="b", bias="hqk", dropout=0.3),
     *EMPTY.values(),
 )
 
@@ -495,7 +497,7 @@ def test_attention_backends_offsets_beyond_32_bits(backend, monkeypatch):
 
 def gradients_of(backend, operands, results):
     """Gradients from dense copies of nothing: the far bias's gradient would be as far apart as it is."""
-    needs = [True, True, True, False, False]
+    needs = [True, True, True, False, False, False]
     gradients = backend.backward(operands, results["out"], results["lse"], needs)
     return dict(zip(GRADIENTS, gradients, strict=True))
 

@@ -59,6 +59,10 @@ OWN = table(
     Case(70, 75, bias="hqk", left=2, right=2, dilation=5, dropout=0.2),
     Case(70, 75, bias="bk", left=2, right=2, dilation=3, causal=True, softcap=3.0),
     Case(40, 70, bias="qk", extras_dtype=torch.float32, layout=heads_last, grad_layout=expanded),
+    # Several tiles on a diagonal of tiles with several readers each, and readers shared among programs.
+    *(Case(40, 70, batch=3, distance=over) for over in ("", "b", "h", "bh")),
+    Case(75, 70, distance="h", left=2, right=2, dilation=5, dropout=0.2),
+    Case(70, 75, distance="", bias="hqk", left=3, right=2, global_mask=True, padding=True, softcap=3.0),
     # Padding in tiles that need no other test.
     Case(80, 150, padding=True, batch=1, heads=1),
     Case(80, 150, padding=True, batch=1, heads=1, causal=True, offset=100, shift=-200.0, bias="qk"),
@@ -76,6 +80,7 @@ FP16 = (
         Case(40, 70, dim=64, causal=True, offset=30, heads=4, kv_heads=2),
         Case(70, 40, dim=40, value_dim=24, left=9, right=4, dilation=2, lse_grad=True),
         Case(40, 70, bias="hqk", padding=True, softcap=4.0),
+        Case(40, 70, distance="h", causal=True, heads=4, kv_heads=2),
         Case(40, 70, mask="bhqk", lost=True, sinks=True, lse_grad=True),
     )
 )
@@ -160,18 +165,19 @@ KERNELS = {
     "grad value": {"attention_backward_dkdv_kernel"},
     "grad bias": {"attention_delta_kernel", "attention_backward_bias_kernel"},
     "grad sinks": {"attention_delta_kernel"},
+    "grad distance bias": {"attention_delta_kernel", "attention_backward_distance_kernel"},
 }
 
 
 @interpreter
-@pytest.mark.parametrize("wanted", range(5), ids=GRADIENTS.__getitem__)
+@pytest.mark.parametrize("wanted", range(6), ids=GRADIENTS.__getitem__)
 def test_attention_backward_launches_what_is_needed(wanted, monkeypatch):
-    operands = Case(20, 33, bias="hqk", sinks=True, causal=True).operands(torch.float32)
+    operands = Case(20, 33, bias="hqk", distance="h", sinks=True, causal=True).operands(torch.float32)
     everything = gradients_of(operands)
     launched = []
     run = Launch.run
     monkeypatch.setattr(Launch, "run", lambda self, device: (launched.append(self), run(self, device)))
-    found = gradients_of(operands, [number == wanted for number in range(5)])
+    found = gradients_of(operands, [number == wanted for number in range(6)])
     name = GRADIENTS[wanted]
     assert torch.equal(found[name], everything[name])
     assert {launch.kernel.__name__ for launch in launched} == KERNELS[name]
@@ -275,11 +281,19 @@ def test_attention_backward_refuses_wide_heads():
 
 
 @interpreter
-def test_attention_backward_splits_the_readers_of_a_small_bias(monkeypatch):
-    operands = Case(40, 70, batch=3, bias="k").operands(torch.float32)
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        (Case(40, 70, batch=3, bias="k"), "grad bias"),
+        (Case(40, 70, batch=3, distance=""), "grad distance bias"),
+    ],
+    ids=str,
+)
+def test_attention_backward_splits_the_readers_of_a_small_bias(case, name, monkeypatch):
+    operands = case.operands(torch.float32)
     monkeypatch.setattr(attention_backward, "BIAS_PROGRAMS", 1)
-    alone = gradients_of(operands)["grad bias"]
+    alone = gradients_of(operands)[name]
     monkeypatch.setattr(attention_backward, "BIAS_PROGRAMS", 1000)
-    shared = gradients_of(operands)["grad bias"]
+    shared = gradients_of(operands)[name]
     assert not torch.equal(alone, torch.zeros_like(alone))
     torch.testing.assert_close(shared, alone)

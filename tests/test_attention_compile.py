@@ -71,6 +71,7 @@ CALLS = {
     "causal, offset, scale": dict(is_causal=True, query_offset=2, scale=-0.4),
     "window": dict(window=(3, None), dilation=2, global_tokens=1),
     "bias and mask": dict(attn_mask=MASK, bias=torch.linspace(-1, 1, 99).reshape(9, 11)),
+    "distance bias": dict(distance_bias=torch.linspace(-1, 1, 57).reshape(3, 19), window=4),
     "padding": dict(key_padding_mask=torch.tensor([[False] * 8 + [True] * 3, [False] * 11])),
     "softcap, sinks": dict(softcap=2.0, sinks=torch.tensor([0.1, -0.3, 1.0])),
     "weights": dict(return_weights="mean", return_lse=True, is_causal=True),

@@ -74,6 +74,7 @@ def problems(draw) -> Case:
         dropout=0.0 if is_stocks else draw(st.sampled_from([0.0, 0.0, 0.2, 0.7])),
         mask=mask,
         bias=draw(OVER),
+        distance=draw(st.sampled_from([None, None, "", "b", "h", "bh"])),
         padding=padding,
         global_mask=windowed and sometimes(draw),
         sinks=not is_stocks and sometimes(draw),

@@ -170,6 +170,26 @@ OWN = {
     "padding of floats": (dict(key_padding_mask=ones(2, 7)), TypeError, "padding must be torch.bool"),
     "sinks of another size": (dict(sinks=ones(3)), ValueError, "sinks must be (heads,) = (4,), got (3,)"),
     "sinks of another dtype": (dict(sinks=ones(4).half()), TypeError, "sinks must be torch.float32"),
+    "distances of another length": (
+        dict(distance_bias=ones(4, 12)),
+        ValueError,
+        "distance_bias must be (batch or 1, heads or 1, queries + keys - 1) = (2, 4, 11), got (1, 4, 12)",
+    ),
+    "distances of another number of heads": (
+        dict(distance_bias=ones(3, 11)),
+        ValueError,
+        "broadcastable to (2, 4",
+    ),
+    "distances of another rank": (
+        dict(distance_bias=ones(1, 2, 4, 11)),
+        ValueError,
+        "broadcastable to (2, 4",
+    ),
+    "distances of another dtype": (
+        dict(distance_bias=ones(11).half()),
+        TypeError,
+        "distance_bias must be torch.float32, got torch.float16",
+    ),
     "softcap below 0": (dict(softcap=-1.0), ValueError, "softcap must be positive"),
     "weights of another name": (dict(return_weights="sum"), ValueError, "'mean' or 'heads', got 'sum'"),
     "weights of a bool": (dict(return_weights=True), ValueError, "'mean' or 'heads', got True"),
@@ -193,6 +213,7 @@ def test_attention_errors_of_our_own_options(backend, wrong):
         (dict(return_lse=True), "float32"),
         (dict(return_weights="mean"), "float32"),
         (dict(sinks=ones(4)), "float32"),
+        (dict(distance_bias=ones(11)), "float32"),
     ],
     ids=str,
 )

@@ -19,6 +19,7 @@ OPTIONS = {
     "padding": dict(key_padding_mask=torch.arange(T).expand(1, T) > 900),
     "bool mask": dict(attn_mask=torch.ones(1, 1, T, 1, dtype=torch.bool)),
     "dropout": dict(dropout_p=0.3),
+    "distance bias": dict(distance_bias=torch.randn(HEADS, 2 * T - 1)),
     "softcap, sinks": dict(softcap=3.0, sinks=torch.zeros(HEADS)),
 }
 cpu_alone = pytest.mark.parametrize("backend", [CPU])
@@ -56,6 +57,27 @@ def test_attention_memory_of_a_bias_is_its_gradients(backend):
         train(ours)
         held = peak(lambda: train(ours))
     assert held < ONE_SCORE_MATRIX < peak(lambda: train(stock))
+
+
+@pytest.mark.unpoisoned
+@cpu_alone
+def test_attention_memory_of_a_learned_bias_of_distances_is_linear(backend):
+    """Four times the tokens of a window take four times the memory, gradients included, and no matrix."""
+
+    def held(tokens: int) -> int:
+        tensors = [*drawn(tokens, tokens, batch=1, heads=HEADS, dim=16), torch.randn(HEADS, 2 * tokens - 1)]
+        leaves = [each.requires_grad_() for each in tensors]
+
+        def train():
+            out = ours(*leaves[:3], window=(64, 64), distance_bias=leaves[3])
+            return out, torch.autograd.grad(out.sum(), leaves)
+
+        train()
+        return peak(train)
+
+    with pyarch.backend(backend):
+        some, many = held(T), held(4 * T)
+    assert some < ONE_SCORE_MATRIX and many < 4.1 * some, f"{some / 2**20:.1f} and {many / 2**20:.1f} MiB"
 
 
 @pytest.mark.unpoisoned

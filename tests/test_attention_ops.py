@@ -105,10 +105,20 @@ def test_attention_reference_takes_every_call(op):
 
 
 def test_attention_misfit_finds_nothing_wrong_with_a_good_call():
-    good = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3), (1, 1, 5, 7), (2, 1, 1, 7), (2, 7), (2, 9), (4,)
+    good = (
+        (2, 4, 5, 8),
+        (2, 2, 7, 8),
+        (2, 2, 7, 3),
+        (1, 1, 5, 7),
+        (2, 1, 1, 7),
+        (2, 7),
+        (2, 9),
+        (4,),
+        (1, 4, 11),
+    )
     assert misfit(*good) is None
     for place, wrong in enumerate(
-        [(2, 3, 5, 8), (2, 2, 7, 9), (2, 2, 6, 3), (5, 7), (3, 1, 1, 7), (2, 8), (3, 9), (2,)]
+        [(2, 3, 5, 8), (2, 2, 7, 9), (2, 2, 6, 3), (5, 7), (3, 1, 1, 7), (2, 8), (3, 9), (2,), (1, 4, 12)]
     ):
         assert misfit(*good[:place], wrong, *good[place + 1 :]), place
 
@@ -177,6 +187,18 @@ def test_attention_explain_of_what_goes_straight_to_torch():
             assert "torch's own operator runs it directly" in verdict.concessions[0]
 
 
+def test_attention_triton_leaves_wide_heads_with_a_bias_of_distances():
+    """Backward only, where the registers do not suffice."""
+    operands = Case(3, 4, dim=136, distance="h").operands(torch.bfloat16)
+    call = describe(*operands[:5], True)
+    words = "head_dim 136, needs at most 128"
+    found = {
+        op: next(each for each in op.explain(call) if each.backend == "triton").refusals
+        for op in (attention.FORWARD, attention.BACKWARD)
+    }
+    assert words in found[attention.BACKWARD] and words not in found[attention.FORWARD]
+
+
 def test_attention_float64_runs_on_a_backend_that_takes_it():
     tensors = drawn(dtype=torch.float64)
     found, seen = ran("auto", lambda: outcome(ours, tensors))
@@ -190,6 +212,7 @@ def test_attention_float64_runs_on_a_backend_that_takes_it():
 OPCHECK = table(
     Case(5, 7, causal=True, heads=4, kv_heads=2, value_dim=3, layout=heads_last, left=2, dilation=2),
     Case(5, 7, mask="bqk", bias="hqk", padding=True, sinks=True, lse_grad=True, lost=True, dropout=0.5),
+    Case(5, 7, distance="h", causal=True),
 )
 
 
@@ -203,7 +226,7 @@ def test_attention_opcheck(backend, case):
         torch.library.opcheck(FORWARD_OP, (*operands[:3], *options, save, backend))
     out, lse = FORWARD_OP(*operands[:3], *options, True, backend)
     given = operands.grad_out, operands.grad_lse, *operands[:3], out, lse
-    for needs in (operands.needs, [False, True, False, False, False]):
+    for needs in (operands.needs, [False, True, False, False, False, False]):
         torch.library.opcheck(BACKWARD_OP, (*given, *options, needs, backend))
     for mean in (True, False):
         torch.library.opcheck(WEIGHTS_OP, (*operands[:2], lse, *options, mean, backend))

@@ -35,6 +35,7 @@ class Call:
         padding=False,
         global_mask=False,
         sinks=False,
+        distance=None,
         dtype=torch.float64,
         **settings,
     ):
@@ -51,21 +52,29 @@ class Call:
             torch.rand((B, TK + 1), generator=generator) < 0.4 if global_mask else None,
             torch.randn(H, generator=generator, dtype=torch.float64).to(dtype) if sinks else None,
             SEED if 0 < self.settings.dropout_p < 1 else None,
+            None if distance is None else torch.randn(distance, generator=generator, dtype=dtype),
         )
 
     @property
     def leaves(self):
-        given = self.query, self.key, self.value, self.extras.bias, self.extras.sinks
+        extras = self.extras
+        given = self.query, self.key, self.value, extras.bias, extras.sinks, extras.distance_bias
         return [each.detach().requires_grad_() for each in given if each is not None]
 
     @property
     def needs(self):
-        return True, True, True, self.extras.bias is not None, self.extras.sinks is not None
+        extras = self.extras
+        optional = extras.bias, extras.sinks, extras.distance_bias
+        return True, True, True, *(each is not None for each in optional)
 
     def taken_apart(self, leaves):
         query, key, value, *rest = leaves
-        bias = rest.pop(0) if self.extras.bias is not None else None
-        return query, key, value, self.extras._replace(bias=bias, sinks=rest[0] if rest else None)
+        given = {
+            name: rest.pop(0)
+            for name in ("bias", "sinks", "distance_bias")
+            if getattr(self.extras, name) is not None
+        }
+        return query, key, value, self.extras._replace(**given)
 
     def forward(self, *leaves):
         return reference.attention(*self.taken_apart(leaves), self.settings)
@@ -93,6 +102,9 @@ OPTIONS = {
     "bias": dict(bias=(B, H, TQ, TK)),
     "bias for all samples": dict(bias=(1, H, TQ, TK)),
     "bias of keys": dict(bias=(B, 1, 1, TK)),
+    "distance": dict(distance=(B, H, TQ + TK - 1)),
+    "distance for all samples": dict(distance=(1, H, TQ + TK - 1), kv_heads=2),
+    "distance for all heads": dict(distance=(B, 1, TQ + TK - 1), is_causal=True),
     "padding": dict(padding=True),
     "softcap": dict(softcap=1.5),
     "sinks": dict(sinks=True),
@@ -103,6 +115,7 @@ OPTIONS = {
         kv_heads=2,
         mask=(B, H, TQ, TK),
         bias=(1, H, TQ, TK),
+        distance=(B, H, TQ + TK - 1),
         padding=True,
         global_mask=True,
         sinks=True,
@@ -160,7 +173,7 @@ def test_attention_reference_backward_gives_what_is_needed():
     query, key, value, extras = call.taken_apart(call.leaves)
     with torch.no_grad():
         out, lse = reference.forward(query, key, value, extras, call.settings)
-        for needs in itertools.product((False, True), repeat=5):
+        for needs in itertools.product((False, True), repeat=6):
             arguments = torch.ones_like(out), None, query, key, value, out, lse, extras, call.settings
             found = reference.backward(*arguments, needs)
             assert tuple(each is not None for each in found) == needs
@@ -378,7 +391,8 @@ def test_attention_reference_unseen_junk_has_no_influence(junk, kv_heads):
         assert torch.equal(ours, cleans)
     with torch.no_grad():
         query, key, value, extras = call.taken_apart(clean)
-        written = reference.backward(*arriving, query, key, value, *dirty, extras, call.settings, call.needs)
+        arguments = query, key, value, *dirty, extras, call.settings, call.needs
+        written = [each for each in reference.backward(*arriving, *arguments) if each is not None]
     of_autograd = torch.autograd.grad(dirty, clean, arriving)
     for ours, autograds, cleans in zip(written, of_autograd, expected, strict=True):
         torch.testing.assert_close(autograds, cleans)
@@ -425,10 +439,10 @@ def test_attention_reference_weights_backward_is_autograds(options, mean):
     query, key, _, extras = call.taken_apart(call.leaves)
     lse = reference.lse_of(query, key, extras, call.settings).detach().requires_grad_()
     found = reference.weights_from(query, key, lse, extras, call.settings, mean)
-    leaves = [each for each in (query, key, lse, extras.bias) if each is not None]
+    leaves = [each for each in (query, key, lse, extras.bias, extras.distance_bias) if each is not None]
     cotangent = torch.randn_like(found)
     expected = torch.autograd.grad(found, leaves, cotangent)
-    needs = True, True, True, extras.bias is not None
+    needs = True, True, True, extras.bias is not None, extras.distance_bias is not None
     with torch.no_grad():
         written = reference.weights_backward(cotangent, query, key, lse, extras, call.settings, needs)
     for ours, autograds in zip([each for each in written if each is not None], expected, strict=True):

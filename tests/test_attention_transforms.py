@@ -179,6 +179,7 @@ TWICE = table(
     Case(9, 9, left=2, right=1, bias="hqk"),
     Case(5, 7, mask="bqk", lost=True, sinks=True, softcap=2.0, bias="bk"),
     Case(5, 7, padding=True, lost=True, global_tokens=1, left=1, right=1),
+    Case(5, 7, distance="h", heads=4, kv_heads=2, left=3, right=3),
 )
 
 
@@ -203,8 +204,9 @@ def test_attention_double_backward(backend, case):
         return [next(found) if there else None for there in present]
 
     def mine(*given):
-        query, key, value, bias, sinks = placed(given)
-        return ours(query, key, value, **options | {"bias": bias, "sinks": sinks})
+        query, key, value, *others = placed(given)
+        others = dict(zip(("bias", "sinks", "distance_bias"), others, strict=True))
+        return ours(query, key, value, **options | others)
 
     def theirs(*given):
         return composed(operands.as_dtype(torch.float64).with_leaves(placed(given))).out

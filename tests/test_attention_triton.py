@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention_cases import CASES, LAYOUTS, MASKS, PATTERNS, RESIDUES, SCORES, Case, answers
+from tests.attention_cases import CASES, DISTANCES, LAYOUTS, MASKS, PATTERNS, RESIDUES, SCORES, Case, answers
 from tests.attention_definition import composed, hold, visible_of
 from tests.compare import check
 
@@ -49,7 +49,11 @@ FP32, FP16 = torch.float32, torch.float16
 # The interpreter takes a second for two heads of 512 queries and keys.
 MOST_SCORES = 30_000
 SMALL = {name: case for name, case in CASES.items() if case.queries * case.keys <= MOST_SCORES}
-HALF = {name: case for name, case in (PATTERNS | MASKS | SCORES).items() if case.queries * case.keys <= 3000}
+HALF = {
+    name: case
+    for name, case in (PATTERNS | MASKS | SCORES | DISTANCES).items()
+    if case.queries * case.keys <= 3000
+}
 WEIGHTED = [
     Case(33, 35, causal=True, heads=4, kv_heads=2),
     Case(33, 35, mask="bqk", lost=True, padding=True, sinks=True, softcap=4.0),
@@ -57,6 +61,7 @@ WEIGHTED = [
     Case(33, 35, left=3, right=2, global_mask=True, dropout=0.3),
     Case(70, 40, left=3, right=2, dilation=2, global_tokens=3, dropout=0.5),
     Case(33, 35, dim=40, offset=-9, causal=True),
+    Case(40, 35, distance="h", left=9, right=2, heads=4, kv_heads=2),
     Case(9, 11, dropout=1.0),
 ]
 

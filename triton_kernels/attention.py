@@ -42,7 +42,8 @@ def call_of(query: Tensor, key: Tensor, value_dim: int, extras, settings) -> Cal
         dtype=query.dtype, precision=precision_on(architecture, query.dtype, fp32_precision()),
         architecture=architecture, batch=B, heads=H, kv_heads=key.shape[1], queries=Tq, keys=key.shape[2],
         head_dim=D, value_dim=value_dim, scale=settings.scale,
-        has_mask=extras.mask is not None, has_bias=extras.bias is not None,
+        has_mask=extras.mask is not None,
+        has_bias=extras.bias is not None or extras.distance_bias is not None,
         **pattern_of(settings, extras.global_mask is not None),
     )  # fmt: skip
 
@@ -60,8 +61,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, extras, settings) -> tupl
     Args:
         query: (B, H, Tq, D), key (B, Hk, Tk, D), value (B, Hk, Tk, Dv), any strides, H a multiple of Hk;
             float32, float16 or bfloat16; D and Dv at most 256.
-        extras: mask, bias, padding, global_mask, sinks and seed, tensors or None, as the operator defines
-            them.
+        extras: mask, bias, padding, global_mask, sinks, seed and distance_bias, tensors or None, as the
+            operator defines them.
         settings: scale, is_causal, left, right, dilation, global_tokens, query_offset, softcap, dropout_p.
 
     Returns:
@@ -90,14 +91,14 @@ def backward(
     settings,
     needs: Sequence[bool],
 ) -> attention_backward.Gradients:
-    """Gradients (query, key, value, bias, sinks) of `forward`; None where not needed. Bitwise repeatable.
+    """Gradients (query, key, value, bias, sinks, distance_bias) of `forward`, None where not needed.
 
     Args:
         grad_out: as out, any strides, also expanded ones; grad_lse: as lse, or None for zeros.
-        out, lse: what the forward returned. needs: which of the five to compute.
+        out, lse: what the forward returned. needs: which of the six to compute.
 
     Returns:
-        Each in its tensor's dtype, dense, in its tensor's order of dimensions.
+        Each in its tensor's dtype, dense, in its tensor's order of dimensions; bitwise repeatable.
 
     Raises:
         NotImplementedError: as `forward`.

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .attention_backward import Inputs, plan_bias, plan_delta, plan_dkdv, plan_dq
+from .attention_backward import Inputs, plan_bias, plan_delta, plan_distance, plan_dkdv, plan_dq
 from .attention_call import Call, pattern_of, precision_on
 from .attention_plan import plan_forward, plan_weights
 from .launch import Launch, Requirement
@@ -18,6 +18,8 @@ from .launch import Launch, Requirement
 BF16, FP32 = torch.bfloat16, torch.float32
 BATCH, HEADS, TOKENS = 2, 8, 1000
 FIRST_ORDER = ("forward", "dkdv", "dq")
+WITH_BIAS = (*FIRST_ORDER, "weights", "bias")
+BY_DISTANCE = (*FIRST_ORDER, "weights", "distance")
 # The least share of 128-bit loads of plain calls; each residual of a query (lse, delta) is a load of its own.
 WIDE_LOADS = {
     "attention_forward_kernel": 0.5,
@@ -33,7 +35,8 @@ WIDEST_OF_64_ROWS = 128
 @dataclass(frozen=True)
 class AuditCase:
     """One call of 1000 tokens; `passes` names its kernels. `changed`: with a window, bias, padding, sinks,
-    softcap and dropout; `scattered`: with a window, a bool mask, a global mask and dropout."""
+    softcap and dropout; `by_distance`: with a bias of distances in the other's place; `scattered`: with a
+    window, a bool mask, a global mask and dropout."""
 
     head_dim: int
     dtype: torch.dtype = BF16
@@ -41,14 +44,20 @@ class AuditCase:
     passes: tuple[str, ...] = FIRST_ORDER
     is_causal: bool = False
     changed: bool = False
+    by_distance: bool = False
     scattered: bool = False
     kv_heads: int = HEADS
 
     @property
     def label(self) -> str:
         kind = "bf16" if self.dtype == BF16 else f"fp32 {self.precision}"
-        parts = ["causal"] * self.is_causal + ["changed"] * self.changed + ["scattered"] * self.scattered
-        parts += ["grouped"] * (self.kv_heads < HEADS)
+        parts = (
+            ["causal"] * self.is_causal
+            + ["changed"] * self.changed
+            + ["by distance"] * self.by_distance
+            + ["scattered"] * self.scattered
+            + ["grouped"] * (self.kv_heads < HEADS)
+        )
         return " ".join([f"D {self.head_dim} {kind}", *(parts or ["dense"])])
 
     def requirement(self, kernel: str) -> Requirement:
@@ -66,11 +75,12 @@ class AuditCase:
         bytes_of = {"dtype": torch.bool}
         return SimpleNamespace(
             mask=self.empty(BATCH, 1, TOKENS, TOKENS, **bytes_of) if self.scattered else None,
-            bias=self.empty(1, HEADS, TOKENS, TOKENS) if self.changed else None,
+            bias=self.empty(1, HEADS, TOKENS, TOKENS) if self.changed and not self.by_distance else None,
             padding=self.empty(BATCH, TOKENS, **bytes_of) if self.changed else None,
             global_mask=self.empty(BATCH, TOKENS, **bytes_of) if self.scattered else None,
             sinks=self.empty(HEADS) if self.changed else None,
             seed=self.empty(dtype=torch.int64),
+            distance_bias=self.empty(1, HEADS, 2 * TOKENS - 1, dtype=FP32) if self.by_distance else None,
         )
 
     def call(self, architecture: str) -> Call:
@@ -108,6 +118,7 @@ class AuditCase:
             "dkdv": lambda: plan_dkdv(call, inputs, k, v),
             "dq": lambda: plan_dq(call, inputs, q),
             "bias": lambda: plan_bias(call, inputs, extras.bias)[0],
+            "distance": lambda: plan_distance(call, inputs, extras.distance_bias)[0],
         }
         return [plans[name]() for name in self.passes]
 
@@ -130,15 +141,20 @@ AUDIT = (
     AuditCase(128),
     AuditCase(256, is_causal=True),
     AuditCase(96, passes=("forward",), is_causal=True),
-    AuditCase(128, passes=("forward", "weights", "dkdv", "dq", "bias"), changed=True),
+    AuditCase(128, passes=WITH_BIAS, changed=True),
     AuditCase(64, passes=("dkdv", "dq"), changed=True),
     AuditCase(256, passes=("dkdv", "dq"), changed=True),
     AuditCase(256, passes=("forward",), scattered=True),
     AuditCase(128, passes=("dkdv",), changed=True, kv_heads=2),
     AuditCase(64, FP32, passes=("dkdv",), changed=True, kv_heads=2),
-    AuditCase(64, FP32, passes=("forward", "weights", "dkdv", "dq", "bias"), changed=True),
+    AuditCase(64, FP32, passes=WITH_BIAS, changed=True),
     AuditCase(128, FP32),
     AuditCase(256, FP32, passes=("forward",)),
-    AuditCase(128, FP32, "tf32", passes=("forward", "weights", "dkdv", "dq", "bias"), changed=True),
+    AuditCase(128, FP32, "tf32", passes=WITH_BIAS, changed=True),
     AuditCase(256, FP32, "tf32", passes=("forward",)),
+    AuditCase(128, passes=BY_DISTANCE, changed=True, by_distance=True),
+    AuditCase(64, FP32, passes=BY_DISTANCE, changed=True, by_distance=True),
+    AuditCase(128, FP32, "tf32", passes=BY_DISTANCE, changed=True, by_distance=True),
+    AuditCase(128, passes=("dkdv",), changed=True, by_distance=True, kv_heads=2),
+    AuditCase(64, FP32, passes=("dkdv",), changed=True, by_distance=True, kv_heads=2),
 )

@@ -1,8 +1,8 @@
 """Attention's backward on Triton: which kernels run, with which tiles, and the host side.
 
-One kernel makes delta, one dk and dv, one dq, one the bias's gradient; what nobody needs is not launched. No
-sum is made by atomics, so equal calls give equal bits. Legend: see attention_backward_tiles; Hk key and value
-heads.
+One kernel makes delta, one dk and dv, one dq, one the gradient of a bias, one that of a bias of distances;
+what nobody needs is not launched. No sum is made by atomics, so equal calls give equal bits. Legend: see
+attention_backward_tiles; Hk key and value heads.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from .attention_backward_bias import attention_backward_bias_kernel
+from .attention_backward_distance import attention_backward_distance_kernel
 from .attention_backward_dkdv import attention_backward_dkdv_kernel
 from .attention_backward_dq import attention_backward_dq_kernel
 from .attention_call import (
@@ -34,7 +35,7 @@ from .launch import Launch
 DELTA_ELEMENTS = 4096
 BIAS_PROGRAMS = 512
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def width_of(number: int) -> int:
@@ -161,6 +162,48 @@ def plan_bias(call: Call, inputs: Inputs, dbias: Tensor) -> tuple[Launch, Tensor
     return launch, sums
 
 
+def plan_distance(call: Call, inputs: Inputs, ddistance: Tensor) -> tuple[Launch, Tensor]:
+    """The launch that sums the gradient of a bias of distances, and where: one row a diagonal of tiles.
+
+    Returns:
+        The launch, and sums (parts, B', H', diagonals, 2 * BLOCK) for `of_diagonals`.
+    """
+    tile = call.tile("backward_bias")
+    block = min(tile.block_m, tile.block_n)
+    batches, heads, _ = ddistance.shape
+    tiles_m, tiles_n = triton.cdiv(call.queries, block), triton.cdiv(call.keys, block)
+    shared_heads = call.heads if heads == 1 else 1
+    readers = (call.batch if batches == 1 else 1) * shared_heads
+    diagonals = tiles_m + tiles_n - 1
+    programs = batches * heads * diagonals
+    each = triton.cdiv(readers, max(1, min(readers, BIAS_PROGRAMS // programs)))
+    sums = torch.empty(
+        triton.cdiv(readers, each), batches, heads, diagonals, 2 * block,
+        dtype=torch.float32, device=ddistance.device,
+    )  # fmt: skip
+    arguments = dict(
+        sum_ptr=sums, bias_batches=batches, bias_heads=heads, shared_heads=shared_heads,
+        tiles_m=tiles_m, tiles_n=tiles_n, readers=readers, readers_each=each,
+    )  # fmt: skip
+    launch = inputs.launch(
+        attention_backward_distance_kernel,
+        "backward_bias",
+        sums.shape[0] * programs,
+        replace(call, tiles_of_neighbours=True),
+        arguments,
+        dict(BLOCK_M=block, BLOCK_N=block),
+    )
+    return launch, sums
+
+
+def of_diagonals(sums: Tensor, queries: int, distances: int) -> Tensor:
+    """(B', H', distances): what two neighbouring diagonals of tiles found, added where both reach."""
+    block = sums.shape[-1] // 2
+    near, far = sums.sum(0).unflatten(-1, (2, block)).unbind(-2)  # each (B', H', diagonals, BLOCK)
+    added = torch.nn.functional.pad(near, (0, 0, 0, 1)) + torch.nn.functional.pad(far, (0, 0, 1, 0))
+    return added.flatten(-2)[..., -queries % block :][..., :distances]
+
+
 def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """dsinks[h] = -sum over (b, i) of exp(sinks[h] - lse[b, h, i]) * delta[b, h, i]."""
     weight = torch.exp(sinks.float()[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)
@@ -180,14 +223,14 @@ def run(
     needs: Sequence[bool],
     starts: Starts | None = None,
 ) -> Gradients:
-    """Gradients (query, key, value, bias, sinks) of the operator; None where not needed.
+    """Gradients (query, key, value, bias, sinks, distance_bias) of the operator; None where not needed.
 
     Args:
         call: the call, without its data.
         grad_out: (B, H, Tq, Dv), any strides, also expanded ones.
         grad_lse: (B, H, Tq) float32, or None for zeros.
         out, lse: what the forward returned; lse contiguous.
-        needs: which of the five to compute.
+        needs: which of the six to compute.
         starts: of sequences in a batch of one, or None. The other arguments are those of the forward.
 
     Returns:
@@ -199,13 +242,13 @@ def run(
     if call.dropout_p >= 1:
         # Nothing of the values was used: only lse has a gradient to pass on.
         grad_out = grad_out.new_zeros(()).expand(grad_out.shape)
-    likes = (query, key, value, extras.bias, extras.sinks)
-    dq, dk, dv, dbias, dsinks = (
+    likes = (query, key, value, extras.bias, extras.sinks, extras.distance_bias)
+    dq, dk, dv, dbias, dsinks, ddistance = (
         torch.empty_like(like) if need else None for like, need in zip(likes, needs, strict=True)
     )
     delta = None
     launches = []
-    if any((needs[0], needs[1], needs[3], needs[4])):
+    if any(need for number, need in enumerate(needs) if number != 2):
         delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
         launches.append(plan_delta(call, out, grad_out, grad_lse, delta))
     inputs = Inputs(query, key, value, grad_out, lse, delta, extras, starts)
@@ -217,10 +260,19 @@ def run(
     if dbias is not None and dbias.numel() > 0:
         launch, sums = plan_bias(call, inputs, dbias)
         launches.append(launch)
+    of_tiles = None
+    if ddistance is not None:
+        if lse.numel() and call.keys:
+            launch, of_tiles = plan_distance(call, inputs, ddistance)
+            launches.append(launch)
+        else:
+            ddistance.zero_()
     for launch in launches:
         launch.run(query.device)
     if sums is not None and sums.shape[0] > 1:
         dbias.copy_(sums.sum(0))
+    if of_tiles is not None:
+        ddistance.copy_(of_diagonals(of_tiles, call.queries, ddistance.shape[-1]))
     if dsinks is not None:
         dsinks = sinks_gradient(extras.sinks, lse, delta)
-    return dq, dk, dv, dbias, dsinks
+    return dq, dk, dv, dbias, dsinks, ddistance

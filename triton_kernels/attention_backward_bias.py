@@ -29,7 +29,7 @@ def add_readers(
     Tq, Tk = sizes
     left, right, ahead, dilation, query_offset = window
     mask_ptr, stride_mt, stride_ms, padding_ptr, stride_ps, global_tokens, global_ptr, stride_gt, T = tests
-    scale, softcap, bias_ptr, stride_bt, stride_bs = scores
+    scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr = scores
     seed, head, threshold, keep_scale = dropout
     q_ptr, stride_qt, stride_qd = q_rows
     do_ptr, stride_yt, stride_yd = do_rows
@@ -54,7 +54,8 @@ def add_readers(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         _, ds, _ = score_gradients(
             product, dp, lse, delta, visible, None, rows, cols, first_col, 1, Tq, Tk,
-            scale, softcap, bias_ptr, stride_bt, stride_bs, seed, head, threshold, keep_scale,
+            scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr,
+            seed, head, threshold, keep_scale,
             HAS_SOFTCAP, HAS_DROPOUT, True, False,
         )  # fmt: skip
         total += ds
@@ -64,7 +65,7 @@ def add_readers(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_bias_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, sum_ptr,
-    mask_ptr, bias_ptr, padding_ptr, global_ptr, seed_ptr,
+    mask_ptr, bias_ptr, distance_ptr, padding_ptr, global_ptr, seed_ptr,
     H, group, Tq, Tk, T,
     bias_batches, bias_heads, shared_heads, tiles_m, tiles_n, walked_m, readers, readers_each,
     stride_qb, stride_qh, stride_qt, stride_qd,
@@ -73,6 +74,7 @@ def attention_backward_bias_kernel(
     stride_yb, stride_yh, stride_yt, stride_yd,
     stride_mb, stride_mh, stride_mt, stride_ms,
     stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_rb, stride_rh,
     stride_pb, stride_ps, stride_gb, stride_gt,
     stride_sn, stride_sb, stride_sh, stride_st, stride_ss,
     scale, softcap, left, right, ahead, dilation, query_offset, global_tokens, threshold, keep_scale,
@@ -112,7 +114,10 @@ def attention_backward_bias_kernel(
         head, hk = b * H + h, h // group
         first = (reader % walked_m if ONE_ROW else tile_m) * BLOCK_M
         rows = first + tl.arange(0, BLOCK_M)
-        reader_mask_ptr, reader_padding_ptr, reader_global_ptr = mask_ptr, padding_ptr, global_ptr
+        reader_mask_ptr, reader_distance_ptr = mask_ptr, distance_ptr
+        reader_padding_ptr, reader_global_ptr = padding_ptr, global_ptr
+        if distance_ptr is not None:
+            reader_distance_ptr = distance_ptr + b * stride_rb + h * stride_rh
         if mask_ptr is not None:
             reader_mask_ptr = mask_ptr + b * stride_mb + h * stride_mh
         if padding_ptr is not None:
@@ -146,7 +151,10 @@ def attention_backward_bias_kernel(
             (v_ptr + b * stride_vb + hk * stride_vh, stride_vt, stride_vd),
             lse_ptr + head * Tq, delta_ptr + head * Tq,
             sizes, (left, right, ahead, dilation, query_offset), tests,
-            (scale, softcap, bias_ptr + b * stride_bb + h * stride_bh, stride_bt, stride_bs),
+            (
+                scale, softcap, bias_ptr + b * stride_bb + h * stride_bh, stride_bt, stride_bs,
+                reader_distance_ptr,
+            ),
             (seed, head.to(tl.int32), threshold, keep_scale),
             LATTICE, HAS_GLOBAL, HAS_SOFTCAP, HAS_DROPOUT, D, DV,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,

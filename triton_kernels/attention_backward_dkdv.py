@@ -51,11 +51,11 @@ def add_queries(
     Tq, Tk = sizes
     left, right, ahead, dilation, query_offset = window
     mask_ptr, stride_mt, stride_ms, padding_ptr, stride_ps, global_tokens, global_ptr, stride_gt, T = tests
-    scale, softcap, bias_ptr, stride_bt, stride_bs = scores
+    scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr = scores
     seed, head, threshold, keep_scale = dropout
     q_ptr, stride_qt, stride_qd = q_rows
     do_ptr, stride_yt, stride_yd = do_rows
-    residuals, stride_qh, stride_yh, stride_mh, stride_bh = heads
+    residuals, stride_qh, stride_yh, stride_mh, stride_bh, stride_rh = heads
 
     q_ptr += member * stride_qh
     do_ptr += member * stride_yh
@@ -66,6 +66,8 @@ def add_queries(
         mask_ptr += member * stride_mh
     if bias_ptr is not None:
         bias_ptr += member * stride_bh
+    if distance_ptr is not None:
+        distance_ptr += member * stride_rh
     rows = query_residue + step * (unit + tl.arange(0, BLOCK_M))
     exist = None
     visible = None
@@ -79,7 +81,7 @@ def add_queries(
             LATTICE, HAS_GLOBAL,
         )  # fmt: skip
         exist = any_visible(visible, 1)
-    if bias_ptr is not None:
+    if bias_ptr is not None or distance_ptr is not None:
         seeing = lse < float("inf")
         exist = exist & seeing if TESTED else seeing
     q = load_piece(q_ptr, rows.to(tl.int64) * stride_qt, exist, stride_qd, D, 0, BLOCK_D)
@@ -90,7 +92,7 @@ def add_queries(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     used, _, dproduct = score_gradients(
         tl.trans(product), tl.trans(dp), lse, delta, visible, None, rows, cols, first_col, step, Tq, Tk,
-        scale, softcap, bias_ptr, stride_bt, stride_bs,
+        scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr,
         seed, (head + member).to(tl.int32), threshold, keep_scale,
         HAS_SOFTCAP, HAS_DROPOUT, TESTED, CLASSES,
     )  # fmt: skip
@@ -104,7 +106,7 @@ def add_queries(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    mask_ptr, bias_ptr, padding_ptr, global_ptr, seed_ptr, starts_q_ptr, starts_k_ptr,
+    mask_ptr, bias_ptr, distance_ptr, padding_ptr, global_ptr, seed_ptr, starts_q_ptr, starts_k_ptr,
     H, group, Tq, Tk, T, tiles, sequences,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -114,6 +116,7 @@ def attention_backward_dkdv_kernel(
     stride_dvb, stride_dvh, stride_dvt, stride_dvd,
     stride_mb, stride_mh, stride_mt, stride_ms,
     stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_rb, stride_rh,
     stride_pb, stride_ps, stride_gb, stride_gt,
     scale, softcap, left, right, ahead, dilation, step, query_offset, global_tokens, threshold, keep_scale,
     LATTICE: tl.constexpr, CLASSES: tl.constexpr, HAS_GLOBAL: tl.constexpr,
@@ -204,13 +207,15 @@ def attention_backward_dkdv_kernel(
         mask_ptr += b * stride_mb + hk * group * stride_mh
     if bias_ptr is not None:
         bias_ptr += b * stride_bb + hk * group * stride_bh
-    heads = (residuals, stride_qh, stride_yh, stride_mh, stride_bh)
+    if distance_ptr is not None:
+        distance_ptr += b * stride_rb + hk * group * stride_rh
+    heads = (residuals, stride_qh, stride_yh, stride_mh, stride_bh, stride_rh)
     q_rows = (q_ptr, stride_qt, stride_qd)
     do_rows = (do_ptr, stride_yt, stride_yd)
     sizes = (Tq, Tk)
     window = (left, right, ahead, dilation, query_offset)
     tests = (mask_ptr, stride_mt, stride_ms, padding_ptr, stride_ps, global_tokens, global_ptr, stride_gt, T)
-    scores = (scale, softcap, bias_ptr, stride_bt, stride_bs)
+    scores = (scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr)
     dropout = (seed, first_head, threshold, keep_scale)
     for turn in tl.range(edges * group, num_stages=1):
         if GROUPED:

@@ -45,7 +45,7 @@ def add_keys(
     Tq, Tk = sizes
     left, right, ahead, dilation, query_offset = window
     mask_ptr, stride_mt, stride_ms, padding_ptr, stride_ps, global_tokens, global_ptr, stride_gt, T = tests
-    scale, softcap, bias_ptr, stride_bt, stride_bs = scores
+    scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr = scores
     seed, head, threshold, keep_scale = dropout
     k_ptr, stride_kt, stride_kd = k_rows
     v_ptr, stride_vt, stride_vd = v_rows
@@ -71,7 +71,8 @@ def add_keys(
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     _, _, dproduct = score_gradients(
         product, dp, lse, delta, visible, alive, rows, cols, first_col, step, Tq, Tk,
-        scale, softcap, bias_ptr, stride_bt, stride_bs, seed, head, threshold, keep_scale,
+        scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr,
+        seed, head, threshold, keep_scale,
         HAS_SOFTCAP, HAS_DROPOUT, TESTED, CLASSES,
     )  # fmt: skip
     return tl.dot(dproduct.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -80,7 +81,7 @@ def add_keys(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    mask_ptr, bias_ptr, padding_ptr, global_ptr, seed_ptr, starts_q_ptr, starts_k_ptr,
+    mask_ptr, bias_ptr, distance_ptr, padding_ptr, global_ptr, seed_ptr, starts_q_ptr, starts_k_ptr,
     H, group, Tq, Tk, T, tiles, sequences,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -89,6 +90,7 @@ def attention_backward_dq_kernel(
     stride_dqb, stride_dqh, stride_dqt, stride_dqd,
     stride_mb, stride_mh, stride_mt, stride_ms,
     stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_rb, stride_rh,
     stride_pb, stride_ps, stride_gb, stride_gt,
     scale, softcap, left, right, ahead, dilation, step, query_offset, global_tokens, threshold, keep_scale,
     LATTICE: tl.constexpr, CLASSES: tl.constexpr, HAS_GLOBAL: tl.constexpr,
@@ -149,6 +151,8 @@ def attention_backward_dq_kernel(
         mask_ptr += b * stride_mb + h * stride_mh
     if bias_ptr is not None:
         bias_ptr += b * stride_bb + h * stride_bh
+    if distance_ptr is not None:
+        distance_ptr += b * stride_rb + h * stride_rh
     if padding_ptr is not None:
         padding_ptr += b * stride_pb
     if global_ptr is not None:
@@ -163,7 +167,7 @@ def attention_backward_dq_kernel(
     edges = edge_count(begin, outside, lo, full_lo, full_hi, end, BLOCK_N)
 
     lse, delta = load_residuals(lse_ptr, delta_ptr, rows, exist)
-    if bias_ptr is not None:
+    if bias_ptr is not None or distance_ptr is not None:
         readable = exist & (lse < float("inf"))
     else:
         readable = exist
@@ -177,7 +181,7 @@ def attention_backward_dq_kernel(
     sizes = (Tq, Tk)
     window = (left, right, ahead, dilation, query_offset)
     tests = (mask_ptr, stride_mt, stride_ms, padding_ptr, stride_ps, global_tokens, global_ptr, stride_gt, T)
-    scores = (scale, softcap, bias_ptr, stride_bt, stride_bs)
+    scores = (scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr)
     dropout = (seed, head.to(tl.int32), threshold, keep_scale)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for number in tl.range(edges, num_stages=1):

@@ -48,7 +48,7 @@ def load_residuals(lse_ptr, delta_ptr, rows, exist):
 @triton.jit
 def score_gradients(
     product, dp, lse, delta, visible, alive, rows, cols, first_col, step, Tq, Tk,
-    scale, softcap, bias_ptr, stride_bt, stride_bs,
+    scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr,
     seed, head, threshold, keep_scale,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, TESTED: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -62,8 +62,9 @@ def score_gradients(
         keep_scale: 1 / (1 - dropout_p).
     """
     scores = scores_in_base_2(
-        product, rows, cols, Tq, Tk, scale, softcap, bias_ptr, stride_bt, stride_bs, HAS_SOFTCAP
-    )
+        product, rows, cols, Tq, Tk, scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr,
+        HAS_SOFTCAP, True,
+    )  # fmt: skip
     p = tl.math.exp2(scores - lse[:, None])
     if TESTED:
         p = tl.where(visible, p, 0.0)

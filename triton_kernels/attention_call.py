@@ -27,7 +27,7 @@ class Call:
         batch, heads, kv_heads, queries, keys, head_dim, value_dim: B, H, Hk, Tq, Tk, D, Dv.
         left, right, ahead: reach of the window and of causality in positions; FAR where unbounded.
         has_global: whether global tokens are exempt from a window.
-        has_mask, has_bias: whether there is a bool mask, or a bias.
+        has_mask, has_bias: whether there is a bool mask, or a bias of either kind.
         tiles_of_neighbours: whether tiles hold neighbours in spite of a dilation.
         sequences: how many lie one behind the other in Tq and in Tk (attention_sequences), None for a batch.
         at_end: whether the last query of each sequence stands at its last key, in place of query_offset.
@@ -143,17 +143,22 @@ def as_bytes(tensor: Tensor | None) -> Tensor | None:
 
 
 def extras_named(extras, call: Call) -> dict[str, Tensor | int | None]:
-    """The tensors of masks, bias and dropout and their strides, as arguments.
+    """The tensors of masks, biases and dropout and their strides, as arguments.
 
     A global mask without a window changes nothing and is left out.
     """
     global_mask = extras.global_mask if call.has_global else None
+    distance_bias = extras.distance_bias
+    if distance_bias is not None and distance_bias.stride(-1) != 1:
+        distance_bias = distance_bias.contiguous()
     return dict(
-        mask_ptr=as_bytes(extras.mask), bias_ptr=extras.bias, padding_ptr=as_bytes(extras.padding),
+        mask_ptr=as_bytes(extras.mask), bias_ptr=extras.bias, distance_ptr=distance_bias,
+        padding_ptr=as_bytes(extras.padding),
         global_ptr=as_bytes(global_mask), T=0 if global_mask is None else global_mask.shape[1],
         seed_ptr=extras.seed if call.has_dropout else None,
         **broadcast_strides(extras.mask, "m", "bhts"),
         **broadcast_strides(extras.bias, "b", "bhts"),
+        **broadcast_strides(distance_bias, "r", "bhd"),
         **broadcast_strides(extras.padding, "p", "bs"),
         **broadcast_strides(global_mask, "g", "bt"),
     )  # fmt: skip

@@ -120,7 +120,7 @@ def forward(
     Raises:
         NotImplementedError: a dtype without a kernel, wider heads, or 2**30 places or more.
     """
-    none = SimpleNamespace(mask=None, bias=None, global_mask=None)
+    none = SimpleNamespace(mask=None, bias=None, global_mask=None, distance_bias=None)
     call = call_of(query, key_cache, value_cache.shape[-1], none, settings)
     splits = splits_of(call, multiprocessors(query.device))
     rows = query.shape[:3]

@@ -73,7 +73,9 @@ def attention_decode_kernel(
         seen = (cols < S) & (cols >= position - left) & (cols < position + Tq)
         k = load_piece(k_ptr, cols.to(tl.int64) * stride_kt, seen, stride_kd, D, 0, BLOCK_D)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        scores = scores_in_base_2(product, queries, cols, Tq, S, scale, softcap, None, 0, 0, HAS_SOFTCAP)
+        scores = scores_in_base_2(
+            product, queries, cols, Tq, S, scale, softcap, None, 0, 0, None, HAS_SOFTCAP
+        )
         visible = visible_tile(
             queries, cols, Tq, S, left, 0, 0, 1, position, None, 0, 0, None, 0, 0, None, 0, 0, False, False
         )

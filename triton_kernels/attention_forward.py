@@ -50,8 +50,8 @@ UNSPECIALIZED = [
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, padding_ptr, global_ptr, sinks_ptr, seed_ptr, out_ptr, lse_ptr,
-    starts_q_ptr, starts_k_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, distance_ptr, padding_ptr, global_ptr, sinks_ptr,
+    seed_ptr, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr,
     H, group, Tq, Tk, T, blocks, sequences,
     scale, softcap, threshold, keep_scale,
     left, right, ahead, dilation, step, query_offset, global_tokens,
@@ -61,6 +61,7 @@ def attention_forward_kernel(
     stride_ob, stride_oh, stride_ot, stride_od,
     stride_mb, stride_mh, stride_mt, stride_ms,
     stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_rb, stride_rh,
     stride_pb, stride_ps, stride_gb, stride_gt,
     D: tl.constexpr, DV: tl.constexpr, LATTICE: tl.constexpr, CLASSES: tl.constexpr,
     HAS_GLOBAL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -72,12 +73,12 @@ def attention_forward_kernel(
 
     Grid: (B * H * blocks,), the query tiles of a head adjacent, last ones first, because with causality they
     take longest. q (B, H, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, Dv) and out (B, H, Tq, Dv) in one of fp32,
-    fp16, bf16, any strides; lse (B, H, Tq) fp32 contiguous. mask (uint8) and bias (B, H, Tq, Tk) by broadcast
-    strides, padding (B, Tk) and global (B, T) uint8, sinks (H,), seed one int64; each or None. starts of
-    queries and keys (sequences + 1,) int32, or None; AT_END: each sequence's last query stands at its last
-    key. FOLDED: scores are q k^T times a positive number, so that their maximum may be scaled after it is
-    found. Pieces of D: BLOCK_D and REST_D, of Dv: BLOCK_DV and REST_DV. Sums in fp32; P is rounded to v's
-    type in its product.
+    fp16, bf16, any strides; lse (B, H, Tq) fp32 contiguous. mask (uint8) and bias (B, H, Tq, Tk) and distance
+    (B, H, Tq + Tk - 1) by broadcast strides, padding (B, Tk) and global (B, T) uint8, sinks (H,), seed one
+    int64; each or None. starts of queries and keys (sequences + 1,) int32, or None; AT_END: each sequence's
+    last query stands at its last key. FOLDED: scores are q k^T times a positive number, so that their maximum
+    may be scaled after it is found. Pieces of D: BLOCK_D and REST_D, of Dv: BLOCK_DV and REST_DV. Sums in
+    fp32; P is rounded to v's type in its product.
     """
     # Shows the compiler that ALIGN divides strides, so that rows are read in vectors of so many.
     stride_qt = stride_qt // ALIGN * ALIGN
@@ -109,6 +110,8 @@ def attention_forward_kernel(
         mask_ptr += b * stride_mb + h * stride_mh
     if bias_ptr is not None:
         bias_ptr += b * stride_bb + h * stride_bh
+    if distance_ptr is not None:
+        distance_ptr += b * stride_rb + h * stride_rh
     if padding_ptr is not None:
         padding_ptr += b * stride_pb
     if global_ptr is not None:
@@ -191,6 +194,7 @@ def attention_forward_kernel(
                         bias_ptr,
                         stride_bt,
                         stride_bs,
+                        distance_ptr,
                         HAS_SOFTCAP,
                     )
                     if PHASE == 1:

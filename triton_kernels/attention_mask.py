@@ -258,9 +258,26 @@ def bias_tile(rows, cols, Tq, Tk, bias_ptr, stride_bt, stride_bs):
 
 
 @triton.jit
+def distance_tile(rows, cols, Tq, Tk, distance_ptr, TESTED: tl.constexpr):
+    """distance_bias[cols - rows + Tq - 1], of dense rows, in float32; beyond Tq, Tk any of its numbers or 0.
+
+    TESTED: whether places beyond the row are left out, or moved into it; it decides about the registers.
+    """
+    # Fewer than 2 * FAR, so 32 bits hold them, and take half the registers of 64.
+    distances = cols[None, :] - rows[:, None] + (Tq - 1)
+    if TESTED:
+        inside = (distances >= 0) & (distances < Tq + Tk - 1)
+        found = tl.load(distance_ptr + distances, mask=inside, other=0.0)
+    else:
+        found = tl.load(distance_ptr + clip(distances, 0, Tq + Tk - 2))
+    return found.to(tl.float32)
+
+
+@triton.jit
 def scores_in_base_2(
-    product, rows, cols, Tq, Tk, scale, softcap, bias_ptr, stride_bt, stride_bs, HAS_SOFTCAP: tl.constexpr
-):
+    product, rows, cols, Tq, Tk, scale, softcap, bias_ptr, stride_bt, stride_bs, distance_ptr,
+    HAS_SOFTCAP: tl.constexpr, BACKWARD: tl.constexpr = False,
+):  # fmt: skip
     """log2(e) * score of a tile q_i . k_j, float32, so that exp(score) is exp2 of it."""
     if HAS_SOFTCAP:
         scores = cap(product * scale, softcap) * LOG2E
@@ -268,6 +285,8 @@ def scores_in_base_2(
         scores = product * (scale * LOG2E)
     if bias_ptr is not None:
         scores += bias_tile(rows, cols, Tq, Tk, bias_ptr, stride_bt, stride_bs) * LOG2E
+    if distance_ptr is not None:
+        scores += distance_tile(rows, cols, Tq, Tk, distance_ptr, not BACKWARD) * LOG2E
     return scores
 
 

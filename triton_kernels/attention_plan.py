@@ -35,7 +35,7 @@ def plan_forward(
     tile = call.tile("forward")
     blocks = tiles_of(call, call.queries, tile.block_m)
     (block_d, rest_d), (block_dv, rest_dv) = pieces_of(call.head_dim), pieces_of(call.value_dim)
-    plain = extras.bias is None and extras.padding is None and not call.softcap
+    plain = not (call.has_bias or extras.padding is not None or call.softcap)
     named = extras_named(extras, call) | call.numbers() | starts_named(starts)
     named |= strides_named(query, "q", "bhtd") | strides_named(key, "k", "bhtd")
     named |= strides_named(value, "v", "bhtd") | strides_named(out, "o", "bhtd")

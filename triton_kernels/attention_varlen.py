@@ -34,7 +34,9 @@ def as_tokens(batch: Tensor | None) -> Tensor | None:
 
 def extras_of(sinks: Tensor | None) -> SimpleNamespace:
     """What a batch may have, of which sequences have sinks alone."""
-    return SimpleNamespace(mask=None, bias=None, padding=None, global_mask=None, sinks=sinks, seed=None)
+    return SimpleNamespace(
+        mask=None, bias=None, padding=None, global_mask=None, sinks=sinks, seed=None, distance_bias=None
+    )
 
 
 def sequences_call(query: Tensor, key: Tensor, value: Tensor, extras, settings, starts, at_end) -> Call:
@@ -115,7 +117,7 @@ def backward(
     starts, extras = Starts(cu_q, cu_k), extras_of(sinks)
     batch = [as_batch(tokens) for tokens in (query, key, value)]
     call = sequences_call(*batch, extras, settings, starts, at_end)
-    dq, dk, dv, _, dsinks = attention_backward.run(
+    dq, dk, dv, _, dsinks, _ = attention_backward.run(
         call,
         as_batch(grad_out),
         None if grad_lse is None else grad_lse[None],
@@ -123,7 +125,7 @@ def backward(
         as_batch(out),
         lse[None],
         extras,
-        (*needs[:3], False, needs[3]),
+        (*needs[:3], False, needs[3], False),
         starts,
     )
     return as_tokens(dq), as_tokens(dk), as_tokens(dv), dsinks

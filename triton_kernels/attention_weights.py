@@ -29,7 +29,7 @@ UNSPECIALIZED = [
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_weights_kernel(
-    q_ptr, k_ptr, lse_ptr, mask_ptr, bias_ptr, padding_ptr, global_ptr, seed_ptr, weights_ptr,
+    q_ptr, k_ptr, lse_ptr, mask_ptr, bias_ptr, distance_ptr, padding_ptr, global_ptr, seed_ptr, weights_ptr,
     H, heads, group, Tq, Tk, T, row_blocks, col_blocks,
     scale, softcap, threshold, keep_scale,
     left, right, ahead, dilation, step, query_offset, global_tokens,
@@ -38,6 +38,7 @@ def attention_weights_kernel(
     stride_lb, stride_lh, stride_lt,
     stride_mb, stride_mh, stride_mt, stride_ms,
     stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_rb, stride_rh,
     stride_pb, stride_ps, stride_gb, stride_gt,
     D: tl.constexpr, LATTICE: tl.constexpr, CLASSES: tl.constexpr, HAS_GLOBAL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
@@ -92,14 +93,17 @@ def attention_weights_kernel(
             q_rest = load_piece(q_ptr, q_rows, exist_q, stride_qd, D, BLOCK_D, REST_D)
             k_rest = load_piece(k_ptr, k_rows, exist_k, stride_kd, D, BLOCK_D, REST_D)
             scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
-        own_mask_ptr, own_bias_ptr = mask_ptr, bias_ptr
+        own_mask_ptr, own_bias_ptr, own_distance_ptr = mask_ptr, bias_ptr, distance_ptr
         if mask_ptr is not None:
             own_mask_ptr = mask_ptr + b * stride_mb + h * stride_mh
         if bias_ptr is not None:
             own_bias_ptr = bias_ptr + b * stride_bb + h * stride_bh
+        if distance_ptr is not None:
+            own_distance_ptr = distance_ptr + b * stride_rb + h * stride_rh
         scores = scores_in_base_2(
-            scores, rows, cols, Tq, Tk, scale, softcap, own_bias_ptr, stride_bt, stride_bs, HAS_SOFTCAP
-        )
+            scores, rows, cols, Tq, Tk, scale, softcap, own_bias_ptr, stride_bt, stride_bs,
+            own_distance_ptr, HAS_SOFTCAP,
+        )  # fmt: skip
         visible = visible_tile(
             rows, cols, Tq, Tk, left, right, ahead, dilation, query_offset,
             own_mask_ptr, stride_mt, stride_ms, padding_ptr, stride_ps,

@@ -71,8 +71,9 @@ struct AttentionScores {
   float scale, softcap;  // softcap 0: none
   PerScore<const T> bias;
   PerScore<const float> float_bias;
-  const float* sinks;  // (H,) or null
-  double dropout;      // 0 <= dropout < 1
+  PerScore<const float> distance_bias;  // query_stride -1, key_stride 1: one number for every j - i
+  const float* sinks;                   // (H,) or null
+  double dropout;                       // 0 <= dropout < 1
   uint64_t seed;
 };
 
@@ -102,6 +103,7 @@ struct AttentionBackward {
   Heads<T> query_grad, key_grad, value_grad;
   PerScore<float> bias_grad;  // holding zeros; a stride 0 sums
   bool first_bias_grad;       // or holding nothing: every score is met, once
+  float* distance_grad;       // (B, H, Tq + Tk - 1), the most negative j - i first, or null
 };
 
 template <class T>

@@ -6,7 +6,8 @@
 // A block of keys meets the chunks of queries one after another. Each strip of a chunk makes its scores again, from them
 // p and ds, and adds to dq; then the chunk's p and ds, read across, add to the block's dv and dk. Five products, of which
 // none is done twice. Where there are fewer heads than threads the keys of a head are split; each part sums a dq of its
-// own, and these are added in order.
+// own, and these are added in order. So is the gradient of a bias that depends on distance alone, of which every part of
+// a head sums its own: d[j - i] += ds.
 #include <cstring>
 
 #include "attention_key_sums.h"
@@ -19,6 +20,7 @@ template <class T>
 class Backward {
   using S = Step<T>;
   static constexpr int64_t E = S::ELEMENTS;
+  static constexpr int64_t STRIP_DISTANCES = STRIP<T> + KEY_PITCH;  // of a strip to a block of keys
 
  public:
   explicit Backward(const AttentionBackward<T>& args)
@@ -27,6 +29,8 @@ class Backward {
         rule_{args.scores},
         dropout_(args.scores.dropout, args.scores.seed),
         head_panels_(ceil_div(shape_.head_dim, PANEL)),
+        query_floats_(round_up(shape_.queries, STRIP<T>) * head_panels_ * PANEL),
+        distances_(args.distance_grad ? shape_.queries + shape_.keys - 1 : 0),
         key_sums_(shape_.keys, shape_.head_dim),
         value_sums_(shape_.keys, shape_.value_dim),
         blocks_(ceil_div(shape_.keys, KEY_BLOCK)),
@@ -51,9 +55,9 @@ class Backward {
   }
 
   int64_t tasks() const { return groups_ * splits_; }
-  int64_t heads_to_sum() const { return splits_ > 1 && args_.query_grad.data ? heads() : 0; }
-  int64_t partial_floats() const { return splits_ > 1 ? heads() * splits_ * query_floats() : 0; }
-  int64_t work_floats() const { return layout_.floats + (splits_ > 1 ? 0 : query_floats()); }
+  int64_t heads_to_sum() const { return splits_ > 1 && (args_.query_grad.data || distances_) ? heads() : 0; }
+  int64_t partial_floats() const { return splits_ > 1 ? heads() * splits_ * sum_floats() : 0; }
+  int64_t work_floats() const { return layout_.floats + (splits_ > 1 ? 0 : sum_floats()); }
 
   void run(int64_t task, float* work, float* partials) const {
     const int64_t group = task / splits_, split = task % splits_;
@@ -62,17 +66,17 @@ class Backward {
                     std::min(shape_.keys, blocks_ * (split + 1) / splits_ * KEY_BLOCK)};
     each_unit(group, [&](int64_t b, int64_t kv_head) {
       run_unit(b, kv_head, keys, own, [&](int64_t h) {
-        return splits_ > 1 ? partials + ((b * shape_.heads + h) * splits_ + split) * query_floats()
+        return splits_ > 1 ? partials + ((b * shape_.heads + h) * splits_ + split) * sum_floats()
                            : work + layout_.floats;
       });
     });
   }
 
   void sum_partials(int64_t head, float* partials) const {
-    float* const sums = partials + head * splits_ * query_floats();
+    float* const sums = partials + head * splits_ * sum_floats();
     for (int64_t split = 1; split < splits_; ++split)
-      for (int64_t i = 0; i < query_floats(); ++i) sums[i] += sums[split * query_floats() + i];
-    write_queries(head / shape_.heads, head % shape_.heads, sums);
+      for (int64_t i = 0; i < query_floats_ + distances_; ++i) sums[i] += sums[split * sum_floats() + i];
+    write_head(head / shape_.heads, head % shape_.heads, sums);
   }
 
  private:
@@ -86,6 +90,7 @@ class Backward {
     int64_t key_grads, value_grads;  // the unit's
     int64_t deltas, exponents;       // the head's
     int64_t bias_grads;              // the strip's, where its queries share a bias
+    int64_t distance_grads;          // the strip's
     int64_t visible, kept, copies, floats;
   };
   struct Thread {
@@ -98,12 +103,12 @@ class Backward {
     int64_t batch, head;
     Span queries, keys;
     const Thread& own;
-    float* query_sums;  // of the head
+    float* query_sums;  // of the head, then those of distances
   };
 
   int64_t heads() const { return shape_.batch * shape_.heads; }
   int64_t head_pitch() const { return head_panels_ * PANEL; }
-  int64_t query_floats() const { return ceil_div(shape_.queries, STRIP<T>) * STRIP<T> * head_pitch(); }
+  int64_t sum_floats() const { return query_floats_ + round_up(distances_, LANES); }  // of a head
   static int64_t floats(int64_t bytes) { return ceil_div(bytes, 64) * 16; }
 
   Layout lay_out() const {
@@ -128,6 +133,7 @@ class Backward {
     at.deltas = take(shape_.queries);
     at.exponents = take(shape_.queries);
     at.bias_grads = take(KEY_PITCH);
+    at.distance_grads = take(distances_ ? STRIP_DISTANCES : 0);
     at.visible = take(floats(STRIP<T> * KEY_BLOCK));
     at.kept = take(floats(Dropout::BYTES));
     at.copies = take(floats(((clears_ ? shape_.keys : 0) + CHUNK<T>)*(d + dv) * int64_t(sizeof(T))));
@@ -161,11 +167,11 @@ class Backward {
     value_sums_.clear(value_grads, keys);
     for (int64_t h = kv_head * shape_.group(); h < (kv_head + 1) * shape_.group(); ++h) {
       float* const query_sums = query_sums_of(h);
-      std::memset(query_sums, 0, shape_.queries * head_pitch() * sizeof(float));
+      std::memset(query_sums, 0, (query_floats_ + distances_) * sizeof(float));
       prepare_head(sight, b, h, own);
       for (int64_t begin = keys.begin; begin < keys.end; begin += KEY_BLOCK)
         run_block(sight, b, h, {begin, std::min(begin + KEY_BLOCK, keys.end)}, key, value, own, query_sums);
-      if (splits_ == 1 && args_.query_grad.data) write_queries(b, h, query_sums);
+      if (splits_ == 1) write_head(b, h, query_sums);
     }
     if (args_.key_grad.data)
       key_sums_.write(key_grads, keys, args_.key_grad.at(b, kv_head), args_.key_grad.row_stride,
@@ -332,16 +338,23 @@ class Backward {
     multiply(own.at.out_grads, own.at.values, shape_.value_dim, probability_grads);
     float* const shared = shares_bias() ? own.memory + own.at.bias_grads : nullptr;
     if (shared) std::fill(shared, shared + KEY_PITCH, 0.0f);
+    float* const distances = distances_ ? own.memory + own.at.distance_grads : nullptr;
+    if (distances) std::fill_n(distances, STRIP_DISTANCES, 0.0f);
     for (int64_t r = 0; r < count; ++r)
       parts.each([&](Span part, bool is_whole) {
         const int64_t column = part.begin - keys.begin;
         float* const bias_grad = shared ? shared + column : bias_grad_of(meeting, rows.begin + r, part);
         differentiate_row(meeting, rows.begin + r, part, {r, column, s * STRIP<T> + r, offset + column},
-                          is_whole ? nullptr : visible + r * KEY_BLOCK + column, bias_grad);
+                          is_whole ? nullptr : visible + r * KEY_BLOCK + column, bias_grad,
+                          distances ? distances + count - 1 - r + column : nullptr);
       });
     if (shared)
       for (int64_t k = 0; k < keys.size(); k += LANES)
         add_to_bias(bias_grad_of(meeting, rows.begin, keys), k, keys.size(), load(shared + k));
+    if (distances) {
+      float* const sums = meeting.query_sums + query_floats_ + shape_.queries - rows.end + keys.begin;
+      for (int64_t d = 0; d < keys.size() + count - 1; ++d) sums[d] += distances[d];
+    }
     if (args_.query_grad.data) {
       const float* const left = E > 1 ? own.memory + own.at.strip_score_grads
                                       : own.memory + own.at.score_grads + s * STRIP<T> * KEY_PITCH + offset;
@@ -364,7 +377,7 @@ class Backward {
 
   // From a row's products its probabilities and the gradient of its scores.
   void differentiate_row(const Meeting& meeting, int64_t query, Span keys, const Place& place,
-                         const uint8_t* visible, float* bias_grad) const {
+                         const uint8_t* visible, float* bias_grad, float* distance_grad) const {
     const Thread& own = meeting.own;
     const float* const scores = own.memory + own.at.scores + place.strip_row * KEY_PITCH + place.strip_column;
     const float* const grads =
@@ -396,6 +409,10 @@ class Backward {
         tanh_of_it = where(visible + k, tanh_of_it, zero());
       }
       if (bias_grad) add_to_bias(bias_grad, k, keys.size(), score_grad);
+      if (distance_grad) {
+        const Mask mask = first_lanes(std::max<int64_t>(0, keys.size() - k));
+        store(distance_grad + k, add(load(distance_grad + k, mask), score_grad), mask);
+      }
       if (caps) score_grad = mul(score_grad, fma(negative(tanh_of_it), tanh_of_it, broadcast(1.0f)));
       store_across(own.memory + own.at.probabilities, place.chunk_row, place.chunk_column + k, dropped);
       store_across(own.memory + own.at.score_grads, place.chunk_row, place.chunk_column + k, score_grad);
@@ -452,17 +469,22 @@ class Backward {
                     own.memory + own.at.score_grads + column, own.memory + own.at.query_columns);
   }
 
-  void write_queries(int64_t b, int64_t h, const float* sums) const {
-    for (int64_t query = 0; query < shape_.queries; ++query)
-      write_row(args_.query_grad.at(b, h) + query * args_.query_grad.row_stride, sums + query * head_pitch(),
-                shape_.head_dim, broadcast(args_.scores.scale));
+  // What a head's keys sum for its queries and for distances.
+  void write_head(int64_t b, int64_t h, const float* sums) const {
+    if (args_.query_grad.data)
+      for (int64_t query = 0; query < shape_.queries; ++query)
+        write_row(args_.query_grad.at(b, h) + query * args_.query_grad.row_stride,
+                  sums + query * head_pitch(), shape_.head_dim, broadcast(args_.scores.scale));
+    if (distances_)
+      std::copy_n(sums + query_floats_, distances_,
+                  args_.distance_grad + (b * shape_.heads + h) * distances_);
   }
 
   const AttentionBackward<T>& args_;
   const AttentionShape shape_;
   const ScoreRule<T> rule_;
   const Dropout dropout_;
-  const int64_t head_panels_;
+  const int64_t head_panels_, query_floats_, distances_;
   const KeySums<T> key_sums_, value_sums_;
   const int64_t blocks_;
   const bool clears_;

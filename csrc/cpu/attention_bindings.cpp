@@ -34,6 +34,13 @@ PerScore<T> per_score(const MaybeTensor& tensor) {
   return {data<T>(*tensor), stride(0), stride(1), stride(2), stride(3)};
 }
 
+// A bias (B or 1, H or 1, Tq + Tk - 1), dense, whose entry j - i + Tq - 1 belongs to query i and key j.
+PerScore<const float> per_distance(const MaybeTensor& tensor, int64_t queries) {
+  if (!tensor) return {};
+  const auto stride = [&](int64_t d) { return tensor->size(d) == 1 ? 0 : tensor->stride(d); };
+  return {data<const float>(*tensor) + queries - 1, stride(0), stride(1), -1, 1};
+}
+
 PerToken per_token(const MaybeTensor& tensor) {
   if (!tensor) return {};
   return {data<const uint8_t>(*tensor), tensor->stride(0), tensor->stride(1), tensor->size(1)};
@@ -58,12 +65,13 @@ AttentionPattern pattern_of(const MaybeTensor& mask, const MaybeTensor& padding,
 
 template <class T>
 AttentionScores<T> scores_of(const MaybeTensor& bias, const MaybeTensor& sinks, const MaybeTensor& seed,
-                             const Numbers& numbers) {
+                             const MaybeTensor& distance, int64_t queries, const Numbers& numbers) {
   const bool single = bias && bias->scalar_type() == ScalarType::Float;
   return {float(numbers.scale),
           float(numbers.softcap),
           single ? PerScore<const T>{} : per_score<const T>(bias),
           single ? per_score<const float>(bias) : PerScore<const float>{},
+          per_distance(distance, queries),
           data<const float>(sinks),
           numbers.dropout,
           seed ? uint64_t(*data<const int64_t>(*seed)) : 0};
@@ -72,20 +80,22 @@ AttentionScores<T> scores_of(const MaybeTensor& bias, const MaybeTensor& sinks, 
 void forward_and_weights(const Tensor& out, const Tensor& lse, const MaybeTensor& weights,
                          const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
                          const MaybeTensor& bias, const MaybeTensor& padding, const MaybeTensor& global,
-                         const MaybeTensor& sinks, const MaybeTensor& seed, const Tensor& numbers) {
+                         const MaybeTensor& sinks, const MaybeTensor& seed, const MaybeTensor& distance,
+                         const Tensor& numbers) {
   with_element_type("attention_forward", query, [&](auto element) {
     using T = decltype(element);
-    const AttentionForward<T> args{shape_of(query, key, value.size(3)),
-                                   pattern_of(mask, padding, global, Numbers::of(numbers)),
-                                   scores_of<T>(bias, sinks, seed, Numbers::of(numbers)),
-                                   heads_of<const T>(query),
-                                   heads_of<const T>(key),
-                                   heads_of<const T>(value),
-                                   heads_of<T>(out),
-                                   data<float>(lse),
-                                   query.size(2),
-                                   data<T>(weights),
-                                   weights && weights->dim() == 3};
+    const AttentionForward<T> args{
+        shape_of(query, key, value.size(3)),
+        pattern_of(mask, padding, global, Numbers::of(numbers)),
+        scores_of<T>(bias, sinks, seed, distance, query.size(2), Numbers::of(numbers)),
+        heads_of<const T>(query),
+        heads_of<const T>(key),
+        heads_of<const T>(value),
+        heads_of<T>(out),
+        data<float>(lse),
+        query.size(2),
+        data<T>(weights),
+        weights && weights->dim() == 3};
     Scratch scratch{out};
     attention_forward<T>({&args, 1}, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
                          on_torch_threads);
@@ -95,36 +105,39 @@ void forward_and_weights(const Tensor& out, const Tensor& lse, const MaybeTensor
 void forward(const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key,
              const Tensor& value, const MaybeTensor& mask, const MaybeTensor& bias,
              const MaybeTensor& padding, const MaybeTensor& global, const MaybeTensor& sinks,
-             const MaybeTensor& seed, const Tensor& numbers) {
+             const MaybeTensor& seed, const MaybeTensor& distance, const Tensor& numbers) {
   forward_and_weights(out, lse, std::nullopt, query, key, value, mask, bias, padding, global, sinks, seed,
-                      numbers);
+                      distance, numbers);
 }
 
 void backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad, const MaybeTensor& value_grad,
-              const MaybeTensor& bias_grad, bool first_bias_grad, const Tensor& out_grad,
-              const MaybeTensor& lse_grad, const Tensor& query, const Tensor& key, const Tensor& value,
-              const Tensor& out, const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& bias,
-              const MaybeTensor& padding, const MaybeTensor& global, const MaybeTensor& sinks,
-              const MaybeTensor& seed, const Tensor& numbers) {
+              const MaybeTensor& bias_grad, bool first_bias_grad, const MaybeTensor& distance_grad,
+              const Tensor& out_grad, const MaybeTensor& lse_grad, const Tensor& query, const Tensor& key,
+              const Tensor& value, const Tensor& out, const Tensor& lse, const MaybeTensor& mask,
+              const MaybeTensor& bias, const MaybeTensor& padding, const MaybeTensor& global,
+              const MaybeTensor& sinks, const MaybeTensor& seed, const MaybeTensor& distance,
+              const Tensor& numbers) {
   with_element_type("attention_backward", query, [&](auto element) {
     using T = decltype(element);
     const auto grad = [](const MaybeTensor& tensor) { return tensor ? heads_of<T>(*tensor) : Heads<T>{}; };
-    const AttentionBackward<T> args{shape_of(query, key, value.size(3)),
-                                    pattern_of(mask, padding, global, Numbers::of(numbers)),
-                                    scores_of<T>(bias, sinks, seed, Numbers::of(numbers)),
-                                    heads_of<const T>(query),
-                                    heads_of<const T>(key),
-                                    heads_of<const T>(value),
-                                    heads_of<const T>(out),
-                                    heads_of<const T>(out_grad),
-                                    data<const float>(lse),
-                                    data<const float>(lse_grad),
-                                    query.size(2),
-                                    grad(query_grad),
-                                    grad(key_grad),
-                                    grad(value_grad),
-                                    per_score<float>(bias_grad),
-                                    first_bias_grad};
+    const AttentionBackward<T> args{
+        shape_of(query, key, value.size(3)),
+        pattern_of(mask, padding, global, Numbers::of(numbers)),
+        scores_of<T>(bias, sinks, seed, distance, query.size(2), Numbers::of(numbers)),
+        heads_of<const T>(query),
+        heads_of<const T>(key),
+        heads_of<const T>(value),
+        heads_of<const T>(out),
+        heads_of<const T>(out_grad),
+        data<const float>(lse),
+        data<const float>(lse_grad),
+        query.size(2),
+        grad(query_grad),
+        grad(key_grad),
+        grad(value_grad),
+        per_score<float>(bias_grad),
+        first_bias_grad,
+        data<float>(distance_grad)};
     Scratch scratch{out};
     attention_backward<T>({&args, 1}, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
                           on_torch_threads);
@@ -134,17 +147,18 @@ void backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad, const 
 void weights(const Tensor& weights, const Tensor& query, const Tensor& key, const Tensor& lse, bool mean,
              const MaybeTensor& mask, const MaybeTensor& bias, const MaybeTensor& padding,
              const MaybeTensor& global, const MaybeTensor& sinks, const MaybeTensor& seed,
-             const Tensor& numbers) {
+             const MaybeTensor& distance, const Tensor& numbers) {
   with_element_type("attention_weights", query, [&](auto element) {
     using T = decltype(element);
-    const AttentionWeights<T> args{shape_of(query, key, query.size(3)),
-                                   pattern_of(mask, padding, global, Numbers::of(numbers)),
-                                   scores_of<T>(bias, sinks, seed, Numbers::of(numbers)),
-                                   heads_of<const T>(query),
-                                   heads_of<const T>(key),
-                                   data<const float>(lse),
-                                   data<T>(weights),
-                                   mean};
+    const AttentionWeights<T> args{
+        shape_of(query, key, query.size(3)),
+        pattern_of(mask, padding, global, Numbers::of(numbers)),
+        scores_of<T>(bias, sinks, seed, distance, query.size(2), Numbers::of(numbers)),
+        heads_of<const T>(query),
+        heads_of<const T>(key),
+        data<const float>(lse),
+        data<T>(weights),
+        mean};
     Scratch scratch{weights};
     attention_weights<T>(args, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
                          on_torch_threads);
@@ -193,7 +207,7 @@ void varlen_forward(const Tensor& out, const Tensor& lse, const Tensor& query, c
       calls.push_back(
           {{1, query.size(1), key.size(1), queries.size(), keys.size(), query.size(2), value.size(2)},
            pattern_of_sequence(Numbers::of(numbers), queries, keys, at_end),
-           scores_of<T>({}, sinks, {}, Numbers::of(numbers)),
+           scores_of<T>({}, sinks, {}, {}, 0, Numbers::of(numbers)),
            sequence_of<const T>(query, queries.begin),
            sequence_of<const T>(key, keys.begin),
            sequence_of<const T>(value, keys.begin),
@@ -222,7 +236,7 @@ void varlen_backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad,
       calls.push_back(
           {{1, query.size(1), key.size(1), queries.size(), keys.size(), query.size(2), value.size(2)},
            pattern_of_sequence(Numbers::of(numbers), queries, keys, at_end),
-           scores_of<T>({}, sinks, {}, Numbers::of(numbers)),
+           scores_of<T>({}, sinks, {}, {}, 0, Numbers::of(numbers)),
            sequence_of<const T>(query, queries.begin),
            sequence_of<const T>(key, keys.begin),
            sequence_of<const T>(value, keys.begin),
@@ -259,7 +273,7 @@ void decode(const Tensor& out, const Tensor& lse, const Tensor& query, const Ten
       shape.batch = 1;
       pattern.query_offset = data<const int32_t>(positions)[b];
       shape.keys = std::clamp<int64_t>(pattern.query_offset + shape.queries, 0, shape.keys);
-      calls.push_back({shape, pattern, scores_of<T>({}, sinks, {}, Numbers::of(numbers)),
+      calls.push_back({shape, pattern, scores_of<T>({}, sinks, {}, {}, 0, Numbers::of(numbers)),
                        entry(heads_of<const T>(query), b), entry(heads_of<const T>(key), b),
                        entry(heads_of<const T>(value), b), entry(heads_of<T>(out), b),
                        data<float>(lse) + b * shape.heads * shape.queries, shape.queries});
@@ -273,9 +287,9 @@ void decode(const Tensor& out, const Tensor& lse, const Tensor& query, const Ten
 }  // namespace
 }  // namespace pyarch
 
-#define EXTRAS                                                                                             \
-  "Tensor? mask, Tensor? bias, Tensor? padding, Tensor? global_mask, Tensor? sinks, Tensor? seed, Tensor " \
-  "numbers"
+#define EXTRAS                                                                                              \
+  "Tensor? mask, Tensor? bias, Tensor? padding, Tensor? global_mask, Tensor? sinks, Tensor? seed, Tensor? " \
+  "distance_bias, Tensor numbers"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PYARCH_NAMESPACE, library) {
   library.def(
@@ -286,7 +300,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYARCH_NAMESPACE, library) {
       "Tensor key, Tensor value, " EXTRAS ") -> ()");
   library.def(
       "attention_backward(Tensor(a!)? query_grad, Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? "
-      "bias_grad, bool first_bias_grad, Tensor out_grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor "
+      "bias_grad, bool first_bias_grad, Tensor(e!)? distance_grad, Tensor out_grad, Tensor? lse_grad, Tensor "
+      "query, Tensor key, Tensor "
       "value, Tensor out, "
       "Tensor lse, " EXTRAS ") -> ()");
   library.def(

@@ -281,8 +281,8 @@ bool is_direct(const AttentionForward<T>& args) {
   const bool is_banded = !pattern.mask.data && !pattern.padding.data && !pattern.global.data &&
                          pattern.global_tokens == 0 && pattern.dilation == 1;
   return args.shape.group() * args.shape.queries <= MOST_ROWS<T> && is_banded && !scores.bias.data &&
-         !scores.float_bias.data && scores.dropout == 0 && !args.weights && args.key.column_stride == 1 &&
-         args.value.column_stride == 1;
+         !scores.float_bias.data && !scores.distance_bias.data && scores.dropout == 0 && !args.weights &&
+         args.key.column_stride == 1 && args.value.column_stride == 1;
 }
 
 template <class T>

@@ -43,6 +43,13 @@ struct Kept {
   std::vector<Meeting> meetings = {};
 
   int64_t row(int64_t query) const { return (query - first) * pitch; }
+  // Keys that a strip has met.
+  int64_t met(Span rows) const {
+    int64_t keys = 0;
+    for (const Meeting& meeting : meetings)
+      if (meeting.rows.begin == rows.begin) keys += meeting.keys.size();
+    return keys;
+  }
 };
 
 // One call's units of work: a key head of a batch entry with the query heads that read it.
@@ -320,7 +327,7 @@ class Forward {
     const int64_t query = rows.begin + r, row = kept.row(query);
     T* const weights =
         args_.weights + ((chunk.batch * shape_.heads + chunk.head) * shape_.queries + query) * shape_.keys;
-    if (!kept.mean) std::fill_n(weights, shape_.keys, T{});
+    if (!kept.mean && (share == 0 || kept.met(rows) < shape_.keys)) std::fill_n(weights, shape_.keys, T{});
     if (share == 0) return;
     for (const Meeting& meeting : kept.meetings) {
       if (meeting.rows.begin != rows.begin) continue;

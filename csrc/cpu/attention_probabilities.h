@@ -1,6 +1,6 @@
 // From scores to probabilities: the steps that forward, backward and weights share, a row of a strip at a time.
 //
-//   x = softcap * tanh(scale * s / softcap) + bias,   p = 2^(x / ln 2 - shift)
+//   x = softcap * tanh(scale * s / softcap) + bias + distance_bias,   p = 2^(x / ln 2 - shift)
 #pragma once
 
 #include <cmath>
@@ -48,19 +48,23 @@ struct ScoreRule {
 
   // Whether a positive factor is all that stands between a product and its exponent.
   bool is_plain() const {
-    return scores.softcap == 0 && scores.scale > 0 && !scores.bias.data && !scores.float_bias.data;
+    return scores.softcap == 0 && scores.scale > 0 && !scores.bias.data && !scores.float_bias.data &&
+           !scores.distance_bias.data;
   }
   float factor() const { return scores.scale * LOG2_E; }
 
   struct Biases {
     const T* own = nullptr;
-    const float* single = nullptr;
+    const float *single = nullptr, *of_distance = nullptr;
     int64_t own_stride = 0, single_stride = 0;
 
     ALWAYS_INLINE Vec at(int64_t column, int64_t count) const {
-      if (own) return load_strided(own + column * own_stride, own_stride, count - column);
-      if (single) return load_strided(single + column * single_stride, single_stride, count - column);
-      return zero();
+      Vec bias = zero();
+      if (own)
+        bias = load_strided(own + column * own_stride, own_stride, count - column);
+      else if (single)
+        bias = load_strided(single + column * single_stride, single_stride, count - column);
+      return of_distance ? add(bias, load_strided(of_distance + column, 1, count - column)) : bias;
     }
   };
   Biases biases(int64_t b, int64_t h, int64_t query, int64_t key) const {
@@ -72,6 +76,7 @@ struct ScoreRule {
       row.single = scores.float_bias.at(b, h, query) + key * scores.float_bias.key_stride;
       row.single_stride = scores.float_bias.key_stride;
     }
+    if (scores.distance_bias.data) row.of_distance = scores.distance_bias.at(b, h, query) + key;
     return row;
   }
 

@@ -161,7 +161,7 @@ def _decide(query, key, value, extras, settings, return_weights, backend) -> tup
     The kernels of out and weights, None where the opaque operator chooses; whether a backward may come;
     whether out alone is torch's function, with torch's autograd where a backward may come.
     """
-    differentiable = query, key, value, extras.bias, extras.sinks
+    differentiable = query, key, value, extras.bias, extras.sinks, extras.distance_bias
     save = torch.is_grad_enabled() and any(each.requires_grad for each in differentiable if each is not None)
     present = [each for each in (query, key, value, *extras) if each is not None]
     if not is_plain(present) or query.device.type == "meta":
@@ -213,6 +213,7 @@ def _fault(query, key, value, extras: Extras, settings: Settings) -> Exception |
         ("the mask of global tokens", extras.global_mask, (torch.bool,)),
         ("sinks", extras.sinks, (dtype, torch.float32)),
         ("seed", extras.seed, (torch.int64,)),
+        ("distance_bias", extras.distance_bias, (dtype, torch.float32)),
     ):
         if tensor is not None and tensor.dtype not in allowed:
             names = " or ".join(str(each) for each in dict.fromkeys(allowed))
@@ -222,7 +223,9 @@ def _fault(query, key, value, extras: Extras, settings: Settings) -> Exception |
             return ValueError(f"all tensors must be strided and on {device}, got one on {tensor.device}")
     if query.layout != torch.strided:
         return ValueError(f"all tensors must be strided, got {query.layout}")
-    shapes = (each if each is None else each.shape for each in (key, value, *extras[:5]))
+    shapes = (
+        each if each is None else each.shape for each in (key, value, *extras[:5], extras.distance_bias)
+    )
     wrong = misfit(query.shape, *shapes)
     if wrong is not None:
         return ValueError(wrong)
@@ -248,7 +251,7 @@ def _fault_of_settings(extras: Extras, settings: Settings) -> Exception | None:
 
 
 def as_autocast_casts(query, key, value, extras: Extras) -> tuple[Tensor, Tensor, Tensor, Extras]:
-    """The tensors as torch's autocast hands them to its own operator; sinks stay as they are."""
+    """The tensors as torch's autocast hands them to its own operator; sinks and biases of distances stay."""
     if query.device.type == "meta" or not torch.is_autocast_enabled(query.device.type):
         return query, key, value, extras
     target = torch.get_autocast_dtype(query.device.type)

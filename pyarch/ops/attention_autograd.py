@@ -17,7 +17,10 @@ from pyarch.reference.attention import Extras, Settings, empty_output
 
 # -------------------------------------------------------------------------------- the three operators
 
-_EXTRAS = "Tensor? mask, Tensor? bias, Tensor? padding, Tensor? global_mask, Tensor? sinks, Tensor? seed"
+_EXTRAS = (
+    "Tensor? mask, Tensor? bias, Tensor? padding, Tensor? global_mask, Tensor? sinks, Tensor? seed, "
+    "Tensor? distance_bias"
+)
 _SETTINGS = (
     "float scale, bool is_causal, SymInt? left, SymInt? right, SymInt dilation, SymInt global_tokens, "
     "SymInt query_offset, float softcap, float dropout_p"
@@ -29,8 +32,8 @@ _library.define(
 )
 _library.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-    f"Tensor out, Tensor lse, {_EXTRAS}, {_SETTINGS}, bool[5] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor out, Tensor lse, {_EXTRAS}, {_SETTINGS}, bool[6] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"attention_weights(Tensor query, Tensor key, Tensor lse, {_EXTRAS}, {_SETTINGS}, bool mean, "
@@ -73,7 +76,7 @@ def _forward_fake(query, key, value, *options):
 
 def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, *options):
     extras, _, (needs, _) = _options(options)
-    tensors = query, key, value, extras.bias, extras.sinks
+    tensors = query, key, value, extras.bias, extras.sinks, extras.distance_bias
     return tuple(
         torch.empty_like(tensor) if need else query.new_empty(0)
         for tensor, need in zip(tensors, needs, strict=True)
@@ -110,7 +113,7 @@ def forward_of(
 
 
 def _backward_of(grads, tensors, extras: Extras, settings: Settings, needs, backend: str):
-    """The gradients of query, key, value, bias and sinks, None where not needed."""
+    """The gradients of query, key, value, bias, sinks and distance_bias, None where not needed."""
     grad_out, grad_lse = grads
     query, key, value, out, _ = tensors
     if grad_out is None:
@@ -150,11 +153,12 @@ class _Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if grad_out is None and grad_lse is None:
             return (None,) * len(needs)
-        wanted = *needs[3:6], *((needs[7], needs[10]) if extras else (False, False))
+        wanted = *needs[3:6], *((needs[7], needs[10], needs[12]) if extras else (False, False, False))
         tensors, grads = (query, key, value, out, lse), (grad_out, grad_lse)
         settings, backend = ctx.settings
-        dq, dk, dv, dbias, dsinks = _backward_of(grads, tensors, Extras(*extras), settings, wanted, backend)
-        of_extras = (None, dbias, None, None, dsinks, None) if extras else ()
+        found = _backward_of(grads, tensors, Extras(*extras), settings, wanted, backend)
+        dq, dk, dv, dbias, dsinks, ddistance = found
+        of_extras = (None, dbias, None, None, dsinks, None, ddistance) if extras else ()
         return None, None, None, dq, dk, dv, *of_extras
 
 
@@ -171,10 +175,11 @@ class _Weights(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, lse, *extras = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        needs = *needs[4:7], needs[8]
+        needs = *needs[4:7], needs[8], needs[13]
         arguments = grad, query, key, lse, Extras(*extras), ctx.settings, needs
-        dq, dk, dlse, dbias = without_autocast(reference.weights_backward, query.device, *arguments)
-        return None, None, None, None, dq, dk, dlse, None, dbias, None, None, None, None
+        found = without_autocast(reference.weights_backward, query.device, *arguments)
+        dq, dk, dlse, dbias, ddistance = found
+        return None, None, None, None, dq, dk, dlse, None, dbias, None, None, None, None, ddistance
 
 
 run_tracked = _Attention.apply

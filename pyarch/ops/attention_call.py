@@ -23,7 +23,7 @@ class AttentionCall(NamedTuple):
         batch, heads, kv_heads, queries, keys, head_dim, value_dim: B, H, Hk, Tq, Tk, D and Dv.
         is_causal, left, right, dilation, global_tokens, query_offset: as in `Settings`.
         softcap, dropout: whether there is any.
-        mask, bias, padding, global_mask, sinks: whether the tensor is given.
+        mask, bias, padding, global_mask, sinks, distance_bias: whether the tensor is given.
         bias_grad: whether the bias needs a gradient.
         save: whether a backward will follow.
     """
@@ -52,6 +52,7 @@ class AttentionCall(NamedTuple):
     padding: bool = False
     global_mask: bool = False
     sinks: bool = False
+    distance_bias: bool = False
     save: bool = False
 
     @property
@@ -64,6 +65,7 @@ class AttentionCall(NamedTuple):
             or self.bias
             or self.padding
             or self.sinks
+            or self.distance_bias
             or self.left is not None
             or self.right is not None
             or self.dilation != 1
@@ -89,6 +91,7 @@ def describe(
         extras.padding is not None,
         extras.global_mask is not None,
         extras.sinks is not None,
+        extras.distance_bias is not None,
     )
     return _described(
         query.device, query.dtype, query.shape, key.shape, value.shape[-1], settings, present, save
@@ -129,6 +132,7 @@ def misfit(
     padding: Sequence[int] | None,
     global_mask: Sequence[int] | None,
     sinks: Sequence[int] | None,
+    distance_bias: Sequence[int] | None,
 ) -> str | None:
     """What is wrong with the shapes of a call, in words for an error; None when they fit."""
     if not len(query) == len(key) == len(value) == 4:
@@ -153,11 +157,17 @@ def misfit(
         return f"the mask of global tokens must be ({batch}, tokens), got {tuple(global_mask)}"
     if sinks is not None and tuple(sinks) != (heads,):
         return f"sinks must be (heads,) = ({heads},), got {tuple(sinks)}"
+    full = batch, heads, max(queries + keys - 1, 0)
+    if distance_bias is not None and (not _broadcasts(distance_bias, full) or distance_bias[2] != full[2]):
+        wanted = f"(batch or 1, heads or 1, queries + keys - 1) = {full}"
+        return f"distance_bias must be {wanted}, got {tuple(distance_bias)}"
     return None
 
 
 def _broadcasts(shape: Sequence[int], full: tuple[int, ...]) -> bool:
-    return len(shape) == 4 and all(size in (1, wide) for size, wide in zip(shape, full, strict=True))
+    return len(shape) == len(full) and all(
+        size == 1 or size == wide for size, wide in zip(shape, full, strict=True)
+    )
 
 
 # -------------------------------------------------------------------------------- backends
@@ -181,7 +191,8 @@ def attention_triton_refusals(call: AttentionCall) -> Reasons:
 
 def attention_triton_backward_refusals(call: AttentionCall) -> Reasons:
     yield from triton_refusals(call)
-    yield from _wider_than(_WIDEST_FLOAT32_BACKWARD if call.dtype == torch.float32 else _WIDEST, call)
+    is_full = call.dtype == torch.float32 or call.distance_bias
+    yield from _wider_than(_WIDEST_FULL_BACKWARD if is_full else _WIDEST, call)
 
 
 def _wider_than(widest: int, call: AttentionCall) -> Reasons:
@@ -190,9 +201,10 @@ def _wider_than(widest: int, call: AttentionCall) -> Reasons:
             yield f"{name} {width}, needs at most {widest}"
 
 
-# Of the Triton kernels; a wider float32 backward has not the registers and would spill.
+# Of the Triton kernels; a wider backward of float32, or with a bias of distances, has not the registers and
+# would spill.
 _WIDEST = 256
-_WIDEST_FLOAT32_BACKWARD = 128
+_WIDEST_FULL_BACKWARD = 128
 
 
 def _op(

@@ -87,11 +87,16 @@ def backward(
         full = (*query.shape[:3], key.shape[2])
         is_met_once = extras.bias.shape == full and _sees_everything(extras, settings)
         grad_bias = torch.empty(full) if is_met_once else torch.zeros(extras.bias.shape)
-    if any(needs[:4]):
+    grad_distance = None
+    if needs[5]:
+        # One for each sample and head, whoever shares a bias: no two tasks add to the same sums.
+        grad_distance = torch.zeros(*query.shape[:2], extras.distance_bias.shape[2])
+    if any(needs[:4]) or needs[5]:
         native.operators().attention_backward(
             *written,
             grad_bias,
             is_met_once,
+            grad_distance,
             grad_out,
             None if grad_lse is None else grad_lse.contiguous(),
             *tensors,
@@ -103,7 +108,11 @@ def backward(
         if grad is not own:
             grad.copy_(own)
     grad_sinks = _sinks_gradient(grad_out, grad_lse, out, lse, extras.sinks) if needs[4] else None
-    return *grads, None if grad_bias is None else grad_bias.to(extras.bias.dtype), grad_sinks
+    if needs[3]:
+        grad_bias = grad_bias.to(extras.bias.dtype)
+    if needs[5]:
+        grad_distance = grad_distance.sum_to_size(extras.distance_bias.shape).to(extras.distance_bias.dtype)
+    return *grads, grad_bias, grad_sinks, grad_distance
 
 
 def weights(
@@ -127,6 +136,8 @@ def _options(extras: Extras, settings: Settings) -> tuple:
     """The native operators' last arguments."""
     if extras.sinks is not None:
         extras = extras._replace(sinks=extras.sinks.float().contiguous())
+    if extras.distance_bias is not None:
+        extras = extras._replace(distance_bias=extras.distance_bias.float().contiguous())
     return *extras, native_numbers(settings)
 
 

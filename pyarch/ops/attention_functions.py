@@ -36,12 +36,13 @@ def scaled_dot_product_attention(
     key_padding_mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    distance_bias: Tensor | None = None,
     return_weights: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Attend as torch.nn.functional.scaled_dot_product_attention, with more to say about who sees whom.
 
-    out = softmax(scale * query key^T + bias, over the visible keys) value
+    out = softmax(scale * query key^T + bias + distance_bias, over the visible keys) value
     (Vaswani et al., 2017, arXiv:1706.03762; windows: Beltagy et al., 2020, arXiv:2004.05150)
 
     A query that sees no key gives zeros.
@@ -64,6 +65,10 @@ def scaled_dot_product_attention(
         key_padding_mask: bool (B, Tk), True where a key is ignored.
         softcap: c of c * tanh(scores / c), before the bias.
         sinks: (H,), one more logit of each head in the softmax's denominator.
+        distance_bias: (B or 1, H or 1, Tq + Tk - 1), in query's dtype or float32: entry j - i + Tq - 1 is
+            added to the score of query i and key j. Leading dimensions, those of query but its last two, may
+            be missing. Only the backends "torch" and "reference" make (Tq, Tk) numbers of it. See
+            `alibi_bias` and `t5_bias`.
         return_weights: "heads" for the probabilities (B, H, Tq, Tk), "mean" for their mean over heads.
         return_lse: whether to return log(sum(exp(scores))), (B, H, Tq).
 
@@ -84,7 +89,7 @@ def scaled_dot_product_attention(
     def by_torch(error: Exception):
         """torch's own result or error; the given one where torch would not see what is asked for."""
         result = stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        beyond = named, bias, key_padding_mask, softcap, sinks, return_weights
+        beyond = named, bias, key_padding_mask, softcap, sinks, distance_bias, return_weights
         if (left, right, dilation, first, query_offset, return_lse) != _TORCHS or any(
             each is not None for each in beyond
         ):
@@ -97,6 +102,8 @@ def scaled_dot_product_attention(
     if not _is_call(query, key, value, attn_mask):
         return by_torch(ValueError("query, key and value must be strided tensors of two dimensions or more"))
     tensors = query, key, value, attn_mask, bias
+    if distance_bias is not None:
+        distance_bias = _in_three_dimensions(distance_bias, query.shape[:-2])
     if query.dim() != 4:
         tensors = _in_four_dimensions(*tensors)
         if tensors is None:
@@ -116,6 +123,7 @@ def scaled_dot_product_attention(
         and key_padding_mask is None
         and named is None
         and sinks is None
+        and distance_bias is None
         and dropout_p == 0
     ):
         is_kept = mask is not None and mask.dtype == torch.bool
@@ -126,6 +134,7 @@ def scaled_dot_product_attention(
             named,
             sinks,
             draw_seed(settings, query.device),
+            distance_bias,
         )
     found = run(queries, keys, values, extras, settings, return_weights, return_lse, "auto", by_torch)
     return found if query.dim() == 4 else _as_given(found, query.shape[:-2], return_weights == "mean")
@@ -191,6 +200,19 @@ def _in_four_dimensions(query, key, value, *masks) -> tuple | None:
         mask if mask is None else mask.expand(*leading, *mask.shape[-2:]).flatten(0, -4) for mask in masks
     )
     return *(tensor.flatten(0, -4) for tensor in (query, key, value)), *flat
+
+
+def _in_three_dimensions(distance_bias: Tensor, leading) -> Tensor:
+    """A bias of distances, broadcastable to (*leading, Tq + Tk - 1), as (B or 1, H or 1, Tq + Tk - 1)."""
+    rank, given = len(leading) + 1, distance_bias.shape
+    distance_bias = distance_bias[(None,) * (rank - distance_bias.dim())]
+    if any(size not in (1, wide) for size, wide in zip(distance_bias.shape, leading, strict=False)) or (
+        distance_bias.dim() > rank
+    ):
+        raise ValueError(f"distance_bias {tuple(given)} must be broadcastable to {(*leading, 'distances')}")
+    if rank < 3:
+        return distance_bias.unsqueeze(-2)[(None,) * (2 - rank)]
+    return distance_bias if rank == 3 else distance_bias.expand(*leading, -1).flatten(0, -3)
 
 
 def _as_given(found, leading, is_mean: bool):

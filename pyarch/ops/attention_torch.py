@@ -1,8 +1,9 @@
 """Attention on torch's own operator: what our kernels are measured against and fall back to.
 
-Window, causality, mask, padding and bias become one mask of torch's. What no query sees is zeroed before the
-call; a query that sees nothing is shown everything and its result replaced by zeros, so that neither NaN nor
-torch's own answer for an empty row shows.
+Window, causality, mask, padding and both biases become one mask of torch's, which holds Tq * Tk numbers where
+they differ along both. What no query sees is zeroed before the call; a query that sees nothing is shown
+everything and its result replaced by zeros, so that neither NaN nor torch's own answer for an empty row
+shows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention as stock
 
 from pyarch.reference import attention as reference
 from pyarch.reference.attention import Extras, Gradients, Settings, empty_output
+from pyarch.reference.attention_distance import of_pairs
 from pyarch.reference.attention_mask import used_keys, visible
 
 # The same operator, which an attention_context leaves alone; calling it takes a little longer.
@@ -40,10 +42,11 @@ class _Stock(NamedTuple):
 def _as_stock(query, key, value, extras: Extras, settings: Settings) -> _Stock:
     queries, keys = query.shape[2], key.shape[2]
     is_upper_left = settings.is_causal and settings.query_offset == 0 and not settings.is_windowed
-    if is_upper_left and extras.mask is None and extras.bias is None and extras.padding is None:
+    mask = _bias(extras, queries, keys)
+    if is_upper_left and extras.mask is None and mask is None and extras.padding is None:
         # Keys behind the last query are seen by none.
         return _Stock(query, key[:, :, :queries], value[:, :, :queries], None, True, None)
-    seen, mask = visible(extras, settings, queries, keys, query.device), extras.bias
+    seen = visible(extras, settings, queries, keys, query.device)
     if seen is None and mask is None:
         return _Stock(query, key, value, None, False, None)
     if seen is not None:
@@ -56,6 +59,14 @@ def _as_stock(query, key, value, extras: Extras, settings: Settings) -> _Stock:
         return _Stock(query, key, value, mask | blind, False, blind)
     blind = (mask == -_INFINITY).all(-1, keepdim=True)
     return _Stock(query, key, value, torch.where(blind, 0.0, mask), False, blind)
+
+
+def _bias(extras: Extras, queries: int, keys: int) -> Tensor | None:
+    """Both biases as one, broadcastable to (B, H, Tq, Tk); their sum is no narrower than float32."""
+    if extras.distance_bias is None:
+        return extras.bias
+    of_distance = of_pairs(extras.distance_bias, queries, keys)
+    return of_distance if extras.bias is None else reference.widen(extras.bias) + reference.widen(of_distance)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, extras: Extras, settings: Settings) -> Tensor:
@@ -104,7 +115,7 @@ def backward(
     """Arguments and result as `pyarch.reference.attention.backward`, which also serves a gradient of lse."""
     if grad_lse is not None:
         return reference.backward(grad_out, grad_lse, query, key, value, out, lse, extras, settings, needs)
-    if needs[3] or not _runs_flash(query, key, value):
+    if needs[3] or needs[5] or not _runs_flash(query, key, value):
         return _backward_by_autograd(grad_out, query, key, value, extras, settings, needs)
     made = _as_stock(query, key, value, extras, settings)
     if made.blind is not None:
@@ -118,26 +129,27 @@ def backward(
     trimmed = key.shape[2] - made.key.shape[2]
     if trimmed:
         grads = grads[0], *(pad(grad, (0, 0, 0, trimmed)) for grad in grads[1:])
-    return *_wanted(grads, (query, key, value), needs), None, None
+    return *_wanted(grads, (query, key, value), needs), None, None, None
 
 
 def _backward_by_autograd(grad_out, query, key, value, extras, settings, needs) -> Gradients:
-    tensors = query, key, value, extras.bias
+    tensors, needs = (query, key, value, extras.bias, extras.distance_bias), (*needs[:4], needs[5])
     leaves = [
         tensor if tensor is None else tensor.detach().requires_grad_(need)
-        for tensor, need in zip(tensors, needs, strict=False)
+        for tensor, need in zip(tensors, needs, strict=True)
     ]
     with torch.enable_grad(), _recording_autograd():
-        out = attend(*leaves[:3], extras._replace(bias=leaves[3]), settings)
+        out = attend(*leaves[:3], extras._replace(bias=leaves[3], distance_bias=leaves[4]), settings)
     found = iter(
         torch.autograd.grad(
             out,
-            [leaf for leaf, need in zip(leaves, needs, strict=False) if need],
+            [leaf for leaf, need in zip(leaves, needs, strict=True) if need],
             grad_out,
             materialize_grads=True,
         )
     )
-    return *_wanted([next(found) if need else None for need in needs[:4]], tensors, needs), None
+    *grads, grad_distance = _wanted([next(found) if need else None for need in needs], tensors, needs)
+    return *grads, None, grad_distance
 
 
 def weights(

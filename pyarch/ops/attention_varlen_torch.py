@@ -60,7 +60,7 @@ def backward(
         of_lse = None if grad_lse is None else grad_lse[:, queries][None]
         parts = as_batch(query, queries), as_batch(key, keys), as_batch(value, keys)
         made = as_batch(out, queries), lse[:, queries][None]
-        wanted = *needs[:3], False, False
+        wanted = *needs[:3], False, False, False
         found = of_one.backward(as_batch(grad_out, queries), of_lse, *parts, *made, _NONE, own, wanted)
         for grad, part, where in zip(grads, found, (queries, keys, keys), strict=False):
             if grad is not None:

@@ -1,13 +1,13 @@
 """Attention in plain torch: the meaning that every kernel is held to.
 
-    s = scale * q k^T;  s = c tanh(s / c) with a softcap c;  s = s + bias
+    s = scale * q k^T;  s = c tanh(s / c) with a softcap c;  s[i, j] += bias[i, j] + distance_bias[j - i]
     P = exp(s - lse),  lse = log(sum over visible keys of exp(s)  (+ exp(sinks[h]))),  out = dropout(P) v
     (Vaswani et al., 2017, arXiv:1706.03762; softcap: Gemma Team, 2024, arXiv:2408.00118; sinks: Xiao et al.,
     2023, arXiv:2309.17453, in the learned form of a logit for each head)
 
 and backward, with dP = dropout(dout v^T) and delta[i] = sum_d dout[i, d] out[i, d] - dlse[i]:
 
-    dv = dropout(P)^T dout,  ds = P (dP - delta),  dbias = ds,
+    dv = dropout(P)^T dout,  ds = P (dP - delta),  dbias = ds,  ddistance_bias[r] = sum of ds over j - i = r,
     dsinks[h] = -sum_i exp(sinks[h] - lse[i]) delta[i],
     ds = ds (1 - tanh^2) with a softcap,  dq = scale * ds k,  dk = scale * ds^T q
 
@@ -30,13 +30,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyarch.reference.attention_distance import of_pairs, sums_of_distances
 from pyarch.reference.attention_mask import Extras, Settings, used_keys, visible
 from pyarch.reference.philox import keep_mask
 
 __all__ = ["Extras", "Gradients", "Settings", "attention", "backward", "empty_output", "forward", "lse_of"]
 __all__ += ["visible", "weights", "weights_backward", "weights_from"]
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# Of query, key, value, bias, sinks and distance_bias.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _INFINITY = float("inf")
 
 
@@ -75,6 +77,8 @@ def _scores(query, key, value, extras: Extras, settings: Settings) -> _Scores:
         scores = settings.softcap * capped
     if extras.bias is not None:
         scores = scores + extras.bias.to(scores.dtype)
+    if extras.distance_bias is not None:
+        scores = scores + of_pairs(extras.distance_bias.to(scores.dtype), *scores.shape[2:])
     if seen is not None:
         scores = torch.where(seen, scores, -_INFINITY)
     return _Scores(query, key, value, capped, scores)
@@ -195,13 +199,13 @@ def backward(
     settings: Settings,
     needs: Sequence[bool],
 ) -> Gradients:
-    """The gradients of query, key, value, bias and sinks.
+    """The gradients of query, key, value, bias, sinks and distance_bias.
 
     Args:
         grad_out: as `out`, any strides.
         grad_lse: as `lse`, or None for zeros.
         out, lse: results of `forward` on the same arguments.
-        needs: for each of the five whether it is wanted.
+        needs: for each of the six whether it is wanted.
 
     Returns:
         Each gradient in the shape and dtype of its tensor, dense, in the tensor's order of dimensions (the
@@ -216,12 +220,14 @@ def backward(
     of_kept = _dropout(grad_out @ made.value.transpose(-1, -2), extras, settings)
     grad_scores = torch.where(blind, 0.0, probabilities * (of_kept - delta))
 
-    grad_bias = grad_sinks = None
+    grad_bias = grad_sinks = grad_distance = None
     if needs[3]:
         grad_bias = grad_scores.sum_to_size(extras.bias.shape)
     if needs[4]:
         sinks = extras.sinks.to(delta.dtype)[:, None, None]
         grad_sinks = -((sinks - _finite(lse)).exp() * delta).sum((0, 2, 3))
+    if needs[5]:
+        grad_distance = sums_of_distances(grad_scores).sum_to_size(extras.distance_bias.shape)
     if settings.softcap:
         grad_scores = grad_scores * (1 - made.capped.square())
     grad_scores = grad_scores * settings.scale
@@ -233,6 +239,7 @@ def backward(
         _like(_summed(kept.transpose(-1, -2) @ grad_out, heads), value, needs[2]),
         _like(grad_bias, extras.bias, needs[3]),
         _like(grad_sinks, extras.sinks, needs[4]),
+        _like(grad_distance, extras.distance_bias, needs[5]),
     )
 
 
@@ -280,10 +287,11 @@ def weights_backward(
     extras: Extras,
     settings: Settings,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of query, key, lse and bias from that of `weights`, (B, H, Tq, Tk) or (B, Tq, Tk).
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of query, key, lse, bias and distance_bias from that of `weights`.
 
-    Autograd follows it. `needs` says for each of the four whether it is wanted.
+    That is (B, H, Tq, Tk) or (B, Tq, Tk). Autograd follows it. `needs` says of each of the five
+    whether it is wanted.
     """
     made = _scores(query, key, None, extras, settings)
     heads = query.shape[1]
@@ -291,7 +299,11 @@ def weights_backward(
     grad_scores = _probabilities(made, lse) * _dropout(widen(grad), extras, settings)
     grad_scores = torch.where(made.blind, 0.0, grad_scores)
     grad_lse = -grad_scores.sum(-1)
-    grad_bias = grad_scores.sum_to_size(extras.bias.shape) if needs[3] else None
+    grad_bias = grad_distance = None
+    if needs[3]:
+        grad_bias = grad_scores.sum_to_size(extras.bias.shape)
+    if needs[4]:
+        grad_distance = sums_of_distances(grad_scores).sum_to_size(extras.distance_bias.shape)
     if settings.softcap:
         grad_scores = grad_scores * (1 - made.capped.square())
     grad_scores = grad_scores * settings.scale
@@ -300,4 +312,5 @@ def weights_backward(
         _like(_summed(grad_scores.transpose(-1, -2) @ made.query, key.shape[1]), key, needs[1]),
         _like(grad_lse, lse, needs[2]),
         _like(grad_bias, extras.bias, needs[3]),
+        _like(grad_distance, extras.distance_bias, needs[4]),
     )

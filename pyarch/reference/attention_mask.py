@@ -58,6 +58,8 @@ class Extras(NamedTuple):
         global_mask: bool (B, T) by position: which tokens are global, beside the first `global_tokens`.
         sinks: (H,) float32 or the query's dtype: one more logit in each head's denominator.
         seed: int64, one element; given exactly when 0 < dropout_p < 1.
+        distance_bias: (B or 1, H or 1, Tq + Tk - 1) float32 or the query's dtype, added to the scores: entry
+            j - i + Tq - 1 to that of query i and key j.
     """
 
     mask: Tensor | None = None
@@ -66,6 +68,7 @@ class Extras(NamedTuple):
     global_mask: Tensor | None = None
     sinks: Tensor | None = None
     seed: Tensor | None = None
+    distance_bias: Tensor | None = None
 
 
 def visible(extras: Extras, settings: Settings, queries: int, keys: int, device: torch.device):

@@ -128,12 +128,12 @@ def backward(
     """
     parts: list[list[Tensor]] = [[], [], []]
     of_sinks = []
-    wanted = *needs[:3], False, needs[3]
+    wanted = *needs[:3], False, needs[3], False
     for queries, keys, own in stretches(cu_q, cu_k, settings, at_end):
         tensors = as_batch(query, queries), as_batch(key, keys), as_batch(value, keys)
         made = as_batch(out, queries), lse[:, queries][None]
         grads = as_batch(grad_out, queries), None if grad_lse is None else grad_lse[:, queries][None]
-        *found, _, dsinks = of_one.backward(*grads, *tensors, *made, Extras(sinks=sinks), own, wanted)
+        *found, _, dsinks, _ = of_one.backward(*grads, *tensors, *made, Extras(sinks=sinks), own, wanted)
         for part, grad, need in zip(parts, found, needs, strict=False):
             if need:
                 part.append(as_tokens(grad))
