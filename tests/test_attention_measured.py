@@ -21,6 +21,7 @@ SMALL = AttentionCall("cpu", "amx", torch.float32, 2, 8, 8, 16, 16, 64, 64)
         ({"save": True, "dtype": torch.bfloat16}, False),
         ({"save": True, "dtype": torch.bfloat16, "queries": 1, "keys": 1}, True),
         ({"device": "cuda"}, False),
+        ({"kv_heads": 2}, False),
         ({"left": 3}, False),
         ({"mask": True}, False),
         ({"queries": 128, "keys": 128}, False),

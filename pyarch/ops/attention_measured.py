@@ -40,9 +40,9 @@ def forward_concessions(call) -> Iterator[str]:
     """The measured reason, if any, to leave an `AttentionCall` on a CPU to torch.
 
     Only what torch's fused kernel takes as it stands is left to it, never what it would need a mask or an
-    unfused product for.
+    unfused product for, nor heads that share keys, of which the sweep has none.
     """
-    if call.device != "cpu" or not call.is_stock:
+    if call.device != "cpu" or not call.is_stock or call.heads != call.kv_heads:
         return
     multiply_adds = call.batch * call.heads * call.queries * call.keys * call.head_dim
     for region in SLOWER:
