@@ -45,6 +45,11 @@ class VarlenCall(NamedTuple):
     sinks: bool = False
     save: bool = False
 
+    @property
+    def distance_bias(self) -> bool:
+        """There is none."""
+        return False
+
 
 def describe(
     query: Tensor,

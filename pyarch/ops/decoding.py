@@ -127,7 +127,7 @@ def _refuse_tensors(query, key_cache, value_cache, key, value, sinks) -> None:
     if sinks is not None and sinks.dtype not in (dtype, torch.float32):
         raise TypeError(f"sinks must be {dtype} or torch.float32, got {sinks.dtype}")
     shapes = query.shape, key_cache.shape, value_cache.shape
-    wrong = misfit(*shapes, None, None, None, None, None if sinks is None else sinks.shape)
+    wrong = misfit(*shapes, None, None, None, None, None if sinks is None else sinks.shape, None)
     if wrong is not None:
         raise ValueError(wrong)
     if key is None:
