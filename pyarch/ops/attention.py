@@ -115,7 +115,7 @@ def run(
         query, key, value = _each_once(query, key, value)
     if by_torch and return_weights is None and not return_lse:
         return without_autocast(attention_torch.attend, query.device, query, key, value, extras, settings)
-    if weights_kernel is not None and kernel.name == weights_kernel.name == "cpu":
+    if weights_kernel is not None and attention_cpu.make_both(kernel, weights_kernel):
         kernel, weights_kernel = attention_cpu.out_and_weights(return_weights == "mean")
     if save:
         given = () if extras is NO_EXTRAS else extras

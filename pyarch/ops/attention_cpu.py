@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyarch import native
+from pyarch.dispatch import Backend
 from pyarch.reference.attention import Extras, Gradients, Settings, empty_output
 
 _UNBOUNDED = -1
@@ -47,6 +48,11 @@ class Kernel(NamedTuple):
     """What stands for a backend's function where a call has one of its own."""
 
     run: Callable
+
+
+def make_both(kernel: Backend, weights_kernel: Backend) -> bool:
+    """Whether these are the two functions of which `out_and_weights` does the work at once."""
+    return kernel.run is forward and weights_kernel.run is weights
 
 
 def out_and_weights(mean: bool) -> tuple[Kernel, Kernel]:
