@@ -57,8 +57,9 @@ def block_twins(case: AttentionCase, device: str) -> tuple[nn.Module, nn.Module]
     place = {"device": device, "dtype": DTYPES[case.dtype]}
     if case.form != MISTRAL:
         return twin_modules(lambda: make_module(case, place))
+    stock = MistralAttention(case, "sdpa").to(**place)
     pyarch.integrations.transformers.register()
-    stock, ours = (MistralAttention(case, name).to(**place) for name in ("sdpa", "pyarch"))
+    ours = MistralAttention(case, "pyarch").to(**place)
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 

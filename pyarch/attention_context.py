@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ def attention_context() -> Iterator[None]:
     neither torch.ops.aten's operators nor what runs inside torch.nn.functional.multi_head_attention_forward:
     swap the nn.MultiheadAttention instead. What torch.utils.checkpoint computes again in the backward runs
     outside the block, and it notices and raises an error: give it
-    `context_fn=lambda: (contextlib.nullcontext(), pyarch.attention_context())`. With use_reentrant=True,
-    which takes no such function, those gradients are torch's.
+    `context_fn=lambda: (contextlib.nullcontext(), pyarch.attention_context())`. use_reentrant=True takes no
+    such function and notices nothing: its gradients are torch's, and with dropout those of another draw than
+    the output's, so do not use it then.
 
     Example:
         >>> with pyarch.attention_context():
@@ -58,16 +60,21 @@ def is_in_context() -> bool:
 
 @contextmanager
 def answering(attend: Attend) -> Iterator[None]:
-    """Let `attend` answer the calls inside every `attention_context`, in any thread, for the block."""
-    global _attend
-    outer, _attend = _attend, attend
+    """Let `attend` answer this thread's calls inside every `attention_context`, for the block."""
+    thread = get_ident()
+    outer = _answers.get(thread)
+    _answers[thread] = attend
     try:
         yield
     finally:
-        _attend = outer
+        if outer is None:
+            del _answers[thread]
+        else:
+            _answers[thread] = outer
 
 
-_attend: Attend = scaled_dot_product_attention
+# By thread; empty but while somebody watches a model.
+_answers: dict[int, Attend] = {}
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -76,7 +83,8 @@ class _AttentionMode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         # torch.jit.trace records torch's operators alone.
         if func is stock and not torch.jit.is_tracing():
-            return _attend(*args, **(kwargs or {}))
+            attend = _answers.get(get_ident()) if _answers else None
+            return (attend or scaled_dot_product_attention)(*args, **(kwargs or {}))
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             # The same function; dynamo cannot trace the super() in this method when a mode calls it.
             func = torch.unflatten

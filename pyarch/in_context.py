@@ -16,7 +16,15 @@ from pyarch.nn.drop_in import REPLACES, Retyped
 from pyarch.retype import is_parametrized_class, rebuilt
 
 # Names by which a model says itself how it is copied, pickled or scripted.
-_COPYING = {"__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__prepare_scriptable__"}
+_COPYING = {
+    "__copy__",
+    "__deepcopy__",
+    "__getstate__",
+    "__setstate__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__prepare_scriptable__",
+}
 
 
 class InContext(Retyped):

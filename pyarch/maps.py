@@ -150,9 +150,10 @@ def attention_maps(
     They are the probabilities that the model multiplies its values with: of every nn.MultiheadAttention, by
     its name, inside a transformer layer too; and where the model was swapped with `sdpa=True` of every plain
     call of torch's scaled_dot_product_attention, by the name of the module that makes it. Other attention,
-    such as that of `pyarch.nn.WindowAttention`, gives none. The model runs in the mode that it is in, but
-    without dropout, and is itself left alone: a copy that shares its parameters runs, without gradients, and
-    no random number of yours is drawn.
+    such as that of `pyarch.nn.WindowAttention` or of a Hugging Face model under attn_implementation="pyarch"
+    (which has output_attentions=True), gives none, and jagged nested tensors are refused. The model runs in
+    the mode that it is in, but without dropout, and is itself left alone: a copy that shares its parameters
+    runs, without gradients, and no random number of yours is drawn.
 
     Every map is a dense tensor: B * H * Tq * Tk elements a call, of the dtype of its layer, all of them on
     the CPU at once (12 layers of 12 heads over 1024 tokens in float32: 600 MB a sequence). `layers` keeps
@@ -212,7 +213,7 @@ def attention_maps(
     names = {module: name for name, module in copied.named_modules()}
     for module in names:
         module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave)
+        module.register_forward_hook(leave, always_call=True)
     with same_randomness(), torch.no_grad(), answering(attend_plainly):
         copied(*args, **kwargs)
     _check_ran(list(dict.fromkeys(ran)), wanted or ())

@@ -255,6 +255,11 @@ class Saver(Net):
         raise RuntimeError("never copied")
 
 
+class Stateful(Net):
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+
 def patched():
     model = Net()
     model.forward = lambda x: x
@@ -266,6 +271,11 @@ REFUSED = {
     "no-forward": (lambda: nn.ModuleList([Net()]), "ModuleList has no forward", "swap the modules"),
     "metaclass": (Listed, "Listed has the metaclass Meta", "inside pyarch.attention_context()"),
     "overridden": (Saver, "Saver overrides __deepcopy__", "inside pyarch.attention_context()"),
+    "overridden by a state": (
+        Stateful,
+        "Stateful overrides __getstate__",
+        "inside pyarch.attention_context()",
+    ),
     "patched": (patched, "the instance has a forward of its own", "before it is patched"),
 }
 
@@ -273,6 +283,7 @@ REFUSED = {
 @pytest.mark.parametrize("code", REFUSED)
 def test_swap_sdpa_says_why_it_cannot(code):
     build, reason, hint = REFUSED[code]
+    code = code.partition(" ")[0]
     model = build()
     cls = type(model)
     report = pyarch.swap(model, sdpa=True, where=lambda name, layer: False, min_swaps=0)

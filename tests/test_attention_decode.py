@@ -194,7 +194,10 @@ def test_attention_decode_queries_before_the_beginning_see_nothing(backend, monk
 
 @every_backend
 def test_attention_decode_does_not_depend_on_threads(backend, monkeypatch):
-    """Keys are split the same way whatever the number of threads, and repeat to the bit."""
+    """Keys are split the same way whatever the number of threads, and repeat to the bit.
+
+    torch splits its products by threads: of it only two runs on as many are the same.
+    """
     case = DecodeCase((700, 333), places=701, heads=4, kv_heads=2, dim=64, value_dim=64)
     serve(backend, case, monkeypatch)
     before, outs = torch.get_num_threads(), []
@@ -205,8 +208,8 @@ def test_attention_decode_does_not_depend_on_threads(backend, monkeypatch):
                 outs.append(run(case, torch.float32))
     finally:
         torch.set_num_threads(before)
-    for other in outs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True)) or backend.name == "torch"
+    for one, other in ((outs[1], outs[2]), (outs[0], outs[1]))[: 1 if backend.name == "torch" else 2]:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     hold_all(outs[1], case, torch.float32)
 
 

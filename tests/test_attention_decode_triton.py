@@ -245,6 +245,8 @@ def test_attention_decode_is_captured_in_a_cuda_graph(backend):
     before = positions.clone()
     positions.zero_()
     graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(captured[0], expected[0])
     positions.copy_(before)
     graph.replay()
     torch.cuda.synchronize()

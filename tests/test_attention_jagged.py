@@ -165,3 +165,22 @@ def test_attention_jagged_explains_itself():
         for of_pass in verdicts.values():
             assert [each.backend for each in of_pass] == ["triton", "cuda", "cpu", "torch", "reference"]
             assert any(each.accepts for each in of_pass)
+
+
+def test_attention_jagged_layer_refuses_gaps_and_other_layouts():
+    """As the attention inside it would, whose rows no longer know of either."""
+    model = layer()
+    padded = torch.randn(2, 6, 16)
+    starts, lengths = torch.tensor([0, 0]), torch.tensor([3, 6])
+    gaps = torch.nested.narrow(padded, 1, starts, lengths, layout=torch.jagged)
+    with pytest.raises(NotImplementedError, match="gaps between its sequences"):
+        model(gaps)
+    turned = jagged(sequences((16, 16))).transpose(1, 2)
+    with pytest.raises(NotImplementedError, match="must be .sequences, tokens of each, 16."):
+        model(turned)
+
+
+def test_attention_jagged_explains_no_call_that_it_refuses():
+    model = layer(dropout=0.1)
+    with pytest.raises(NotImplementedError, match="dropout 0.1 in training"):
+        model.explain(jagged(sequences()))

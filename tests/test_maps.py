@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -272,6 +273,55 @@ def test_maps_name_what_there_is():
         pyarch.attention_maps(model, tokens(), layers=["once", "nine"])
     with pytest.raises(KeyError, match=r"no map of 'again'; there are 'again\[0\]', 'again\[1\]', 'once'"):
         pyarch.attention_maps(model, tokens())["again"]
+
+
+class Plain(nn.Module):
+    """Attends over (1, 4, 8) with two heads."""
+
+    def forward(self, x):
+        heads = x.unflatten(2, (2, 4)).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads, heads)
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise ValueError
+
+
+class Recovering(Plain):
+    """Goes on where a part of it fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = Failing()
+
+    def forward(self, x):
+        try:
+            self.part(x)
+        except ValueError:
+            return super().forward(x)
+
+
+def test_maps_are_of_the_calls_of_their_own_thread():
+    """A model that another thread runs in a context meanwhile is answered as always, and not recorded."""
+    model, other = Plain(), Plain()
+    pyarch.swap(model, sdpa=True)
+    pyarch.swap(other, sdpa=True)
+    x = torch.randn(1, 4, 8)
+    with ThreadPoolExecutor(1) as pool:
+
+        def meanwhile(module, args):
+            pool.submit(other, x).result()
+
+        model.register_forward_pre_hook(meanwhile)
+        alone = pyarch.attention_maps(model, x)
+    assert [tuple(each.shape) for each in alone.values()] == [(1, 2, 4, 4)]
+
+
+def test_maps_name_a_call_rightly_after_a_part_has_failed():
+    model = Recovering()
+    pyarch.swap(model, sdpa=True)
+    assert list(pyarch.attention_maps(model, torch.randn(1, 4, 8))) == [""]
 
 
 @pytest.mark.parametrize("build", [Net, depthwise, lambda: nn.TransformerEncoderLayer(24, 3)])

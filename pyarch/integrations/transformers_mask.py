@@ -191,5 +191,10 @@ def _is_same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_is_same, one, other))
     if not isinstance(one, FunctionType):
         return type(one) is int and one == other
-    held = [tuple(cell.cell_contents for cell in each.__closure__ or ()) for each in (one, other)]
-    return one.__code__ is other.__code__ and _is_same(*held)
+    if one.__code__ is not other.__code__:
+        return False
+    try:
+        held = [tuple(cell.cell_contents for cell in each.__closure__ or ()) for each in (one, other)]
+    except ValueError:  # a variable that has no value yet
+        return False
+    return _is_same(*held)

@@ -61,9 +61,7 @@ def attend_jagged(
     Raises:
         NotImplementedError: what sequences of unequal length do not have; the message names all of it.
     """
-    refusals = list(_refusals(module, (query, key, value), config, masks, need_weights))
-    if refusals:
-        raise NotImplementedError(f"attention over jagged nested tensors: {'; '.join(refusals)}")
+    refuse_jagged(module, (query, key, value), config, masks, need_weights)
     rows = query.values()
     of_keys = rows if key is query else key.values()
     of_values = of_keys if value is key else value.values()
@@ -77,6 +75,13 @@ def attend_jagged(
             window=config.window,
         )
     return as_jagged(F.linear(heads.flatten(1), module.out_proj.weight, module.out_proj.bias), query)
+
+
+def refuse_jagged(module: nn.MultiheadAttention, tensors, config: Config, masks, need_weights=False) -> None:
+    """Raise NotImplementedError, naming all of it, for what `attend_jagged` does not compute."""
+    refusals = list(_refusals(module, tensors, config, masks, need_weights))
+    if refusals:
+        raise NotImplementedError(f"attention over jagged nested tensors: {'; '.join(refusals)}")
 
 
 def _refusals(module, tensors, config: Config, masks, need_weights: bool) -> Iterator[str]:
@@ -111,7 +116,12 @@ def _refusals(module, tensors, config: Config, masks, need_weights: bool) -> Ite
 def explain_jagged(
     module: nn.MultiheadAttention, query: Tensor, config: Config
 ) -> dict[str, tuple[Verdict, ...]]:
-    """What each backend says of such a call, for "forward" and "backward"."""
+    """What each backend says of such a call with no masks or weights, for "forward" and "backward".
+
+    Raises:
+        NotImplementedError: as the call itself.
+    """
+    refuse_jagged(module, (query, query, query), config, (None, None))
     rows, dtype = query.values(), query.dtype
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)

@@ -36,7 +36,7 @@ from pyarch.nn.attention import MultiheadAttention, attend, described, explain_a
 from pyarch.nn.attention_call import Call, read, warn_of_two_kinds, with_pattern
 from pyarch.nn.config import DEFAULT, Config
 from pyarch.nn.drop_in import CONFIG_ATTRIBUTE, DropIn, backend_of, config_of, left_to_torch
-from pyarch.nn.jagged import as_jagged, explain_jagged, is_jagged
+from pyarch.nn.jagged import as_jagged, explain_jagged, is_jagged, refuse_jagged
 
 _OPTIONS_TEXT = """
     pyarch adds, as keywords alone and for ``self_attn``:
@@ -170,6 +170,7 @@ class TransformerEncoderLayer(_TransformerDropIn, nn.TransformerEncoderLayer):
         """The layer over a jagged nested tensor, all of it on rows without padding."""
         module = self.self_attn
         config = _attention_config(self, module)
+        refuse_jagged(module, (src, src, src), config, masks)
 
         def attended(rows: Tensor) -> Tensor:
             x = as_jagged(rows, src)

@@ -85,9 +85,19 @@ _library.define(
 )
 
 
+def refuse_positions(positions: Tensor, query: Tensor, key_cache: Tensor) -> None:
+    """Raise ValueError for positions from which queries see beyond the cache; those on a GPU are not read."""
+    if positions.device.type != "cpu" or not positions.numel():
+        return
+    last = int(positions.max()) + query.shape[2]
+    if last > key_cache.shape[2]:
+        raise ValueError(f"the last query stands at place {last - 1} of a cache of {key_cache.shape[2]}")
+
+
 def _forward(query, key_cache, value_cache, positions, sinks, *flat):
     *numbers, backend = flat
     settings = Settings(*numbers)
+    refuse_positions(positions, query, key_cache)
     run = DECODE.choose(_describe(query, key_cache, value_cache, sinks, settings), backend).run
     return without_autocast(run, query.device, query, key_cache, value_cache, positions, sinks, settings)
 

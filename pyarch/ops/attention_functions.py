@@ -102,6 +102,8 @@ def scaled_dot_product_attention(
     if not _is_call(query, key, value, attn_mask):
         return by_torch(ValueError("query, key and value must be strided tensors of two dimensions or more"))
     tensors = query, key, value, attn_mask, bias
+    if distance_bias is not None and not isinstance(distance_bias, Tensor):
+        raise TypeError(f"distance_bias must be a tensor, got {distance_bias!r}")
     if distance_bias is not None:
         distance_bias = _in_three_dimensions(distance_bias, query.shape[:-2])
     if query.dim() != 4:
