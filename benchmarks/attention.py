@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.attention_blocks import block_twins, output_of, source_shape
 from benchmarks.attention_cases import (
     BIAS,
+    CONTEXT,
     DENSE,
     DROPOUT,
     FLEX,
@@ -28,8 +29,10 @@ from benchmarks.attention_cases import (
 )
 from benchmarks.attention_modules import (
     SDPA_KERNELS,
+    AmongAdditions,
     Flex,
     Formula,
+    InContext,
     InPieces,
     Ours,
     Padded,
@@ -57,6 +60,8 @@ def opponent(case: AttentionCase, device: str) -> nn.Module:
         return Flex(case, device)
     if case.form == LENGTHS:
         return Padded(case, device)
+    if case.form == CONTEXT:
+        return AmongAdditions()
     return Stock(case, device, case.against.removeprefix("SDPA ") if case.against in KERNELS else None)
 
 
@@ -77,6 +82,13 @@ def present_opponent(case: AttentionCase, device: str, inputs: tuple[Tensor, ...
     return module
 
 
+def our_side(case: AttentionCase, device: str) -> nn.Module:
+    """What stands against it."""
+    if case.form == CONTEXT:
+        return InContext()
+    return Unpadded(case, device) if case.form == LENGTHS else Ours(case, device)
+
+
 def operator_twins(case: AttentionCase, device: str) -> Twins:
     def drawn(heads: int, rows: int, columns: int, batch: int = case.batch) -> Tensor:
         return torch.randn(batch, heads, rows, columns, device=device, dtype=DTYPES[case.dtype])
@@ -94,7 +106,7 @@ def operator_twins(case: AttentionCase, device: str) -> Twins:
     is_packed = case.form == LENGTHS
     return Twins(
         present_opponent(case, device, inputs),
-        Unpadded(case, device) if is_packed else Ours(case, device),
+        our_side(case, device),
         inputs,
         torch.randn_like(inputs[0]) if is_packed else drawn(case.heads, case.queries, case.value_size),
         ("output",),

@@ -22,6 +22,7 @@ BIAS = "learned bias"
 DROPOUT = "dropout"
 PADDING = "padding mask"
 LENGTHS = "unequal lengths"
+CONTEXT = "among additions in attention_context"
 WEIGHTS = "MultiheadAttention need_weights"
 MAPS = "MultiheadAttention need_weights of each head"
 LAYER = "TransformerEncoderLayer"
@@ -36,6 +37,8 @@ WIDENING = 4
 # The shortest of unequal lengths, of which T is the longest; windows on a side of a Swin's image.
 SHORTEST = 32
 SWIN_WINDOWS = 8
+# Small torch functions before a call in a context, each of which its mode sees.
+ADDITIONS = 100
 
 # What takes the stock side's place: torch's way to the same result (on a GPU its fastest kernel), a way that
 # does more or less than is asked for, or our own call on an easier problem of the same amount of work.
@@ -210,6 +213,7 @@ CPU_TABLE = (
         1, 8, PIECE, 64, kv_heads=2, window=(511, 0), is_causal=True, form=MISTRAL, goals=speedups(5, 5)
     ),
     AttentionCase(8, 8, 512, 64, form=LENGTHS, goals=speedups(1.8, 1.8)),
+    AttentionCase(1, 1, 2, 16, form=CONTEXT, only=FORWARD_ONLY),
     STEP,
     replace(STEP, dtype="bf16"),
     GROUPED_STEP,

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.attention_cases import DENSE, DROPOUT, PADDING, AttentionCase
+from benchmarks.attention_cases import ADDITIONS, DENSE, DROPOUT, PADDING, AttentionCase
+from pyarch.attention_context import attention_context
 from pyarch.ops import attention_varlen, scaled_dot_product_attention
 from pyarch.ops.attention import attend
 from pyarch.reference.attention import Extras, Settings
@@ -152,6 +153,23 @@ class Unpadded(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention_varlen(query, key, value, self.ends)
+
+
+class AmongAdditions(nn.Module):
+    """torch's operator after ADDITIONS small torch functions, which change nothing."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for _ in range(ADDITIONS):
+            query = torch.add(query, 0)
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+class InContext(AmongAdditions):
+    """The same in a context, which is entered at every call."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with attention_context():
+            return super().forward(query, key, value)
 
 
 class InPieces(nn.Module):
