@@ -548,12 +548,16 @@ def test_attention_definition_is_torchs_where_torch_has_it(case):
 def test_attention_rule_sees_a_wrong_result():
     """One wrong element of a result or gradient fails the comparison, and so does a misplaced -inf."""
     case = Case(33, 35, mask="qk", lost=True, bias="hqk", sinks=True, lse_grad=True)
-    for dtype in DTYPES:
-        expected = answers(case, dtype)
+    # A sum over a diagonal of 16-bit roundings may well be off by a tenth.
+    by_distance = replace(case, bias=None, distance="h")
+    for each, dtype in (*((case, dtype) for dtype in DTYPES), (by_distance, torch.float32)):
+        expected = answers(each, dtype)
         assert isinstance(expected, Answers)
         hold(dict(expected.stock), expected)
-        for name, each in expected.stock.items():
-            spoiled = each.clone(memory_format=torch.contiguous_format)
+        for name, right in expected.stock.items():
+            if right is None:
+                continue
+            spoiled = right.clone(memory_format=torch.contiguous_format)
             spoiled.view(-1)[-1] += 0.1 * spoiled[spoiled.isfinite()].abs().max()
             with pytest.raises(AssertionError, match=name):
                 hold({name: spoiled}, expected)

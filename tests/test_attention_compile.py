@@ -111,10 +111,11 @@ def test_attention_compiled_function_is_the_eager_one(backend, options):
     assert [each.stride() for each in outcomes[0][0]] == [each.stride() for each in outcomes[1][0]]
 
 
+@each_backend
 @pytest.mark.parametrize(
     ("layout", "value_dim"), [("contiguous", 5), ("heads last", 8), ("heads last", 5), ("sliced", 8)]
 )
-def test_attention_compiled_strides_are_the_eager_ones(layout, value_dim):
+def test_attention_compiled_strides_are_the_eager_ones(layout, value_dim, backend):
     """The fake operator promises the very strides that the kernel gives, or inductor reads wrong numbers."""
     torch._dynamo.reset()
     tensors = drawn(value_dim=value_dim)
@@ -125,8 +126,9 @@ def test_attention_compiled_strides_are_the_eager_ones(layout, value_dim):
     strides = []
     for run in (torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager"), ours):
         leaves = [each.detach().requires_grad_() for each in tensors]
-        out = run(*leaves)
-        gradients = torch.autograd.grad(out.square().sum(), leaves)
+        with pyarch.backend(backend):
+            out = run(*leaves)
+            gradients = torch.autograd.grad(out.square().sum(), leaves)
         strides.append([each.stride() for each in (out, *gradients)])
     assert strides[0] == strides[1]
 
