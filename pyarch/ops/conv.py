@@ -19,7 +19,7 @@ from pyarch.dispatch import Backend, Op, Reasons, Verdict, accepts_all, requeste
 from pyarch.ops.conv_measured import forward_concessions
 from pyarch.ops.conv_torch import convolve_pairs, convolve_stock
 from pyarch.ops.kernel_refusals import KERNEL_DTYPES, cpu_refusals, cuda_refusals, triton_refusals
-from pyarch.ops.plain_calls import under_transform
+from pyarch.ops.plain_calls import is_plain, under_transform
 from pyarch.reference.conv import memory_format, output_sizes
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -290,7 +290,9 @@ def convolve(input, weight, bias, stride, padding, dilation, groups, padding_mod
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _DepthwiseConv.apply(input, weight, bias, *settings)
-    return _forward_op(input, weight, bias, *settings)
+    present = (input, weight) if bias is None else (input, weight, bias)
+    is_watched = not is_plain(present) or input.device.type == "meta" or torch.jit.is_tracing()
+    return (_forward_op if is_watched else _forward)(input, weight, bias, *settings)
 
 
 def explain(
