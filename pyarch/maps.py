@@ -22,14 +22,13 @@ from pyarch.nested import as_arguments, map_tensors, positional
 from pyarch.nn.attention import MultiheadAttention, attend
 from pyarch.nn.attention_call import is_fused_by_torch, read
 from pyarch.nn.drop_in import backend_of, config_of
-from pyarch.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
+from pyarch.nn.transformer import KNOWN_FORWARDS, TransformerDecoderLayer, TransformerEncoderLayer
 from pyarch.ops import scaled_dot_product_attention
 from pyarch.report import Table
 from pyarch.rules import Rule, first_match, read_rules
 from pyarch.swap import SDPA_HINT, checked_model
 
 ATTENTION_LAYERS = MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer
-_KNOWN_FORWARDS = nn.MultiheadAttention.forward, MultiheadAttention.forward
 
 
 class AttentionMaps(Mapping[str, Tensor]):
@@ -245,7 +244,7 @@ def _numbered(name: str, maps: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention) and type(module).forward in _KNOWN_FORWARDS
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward in KNOWN_FORWARDS
 
 
 def _weights_of_module(module: nn.MultiheadAttention, given: tuple, heads: bool) -> Tensor:

@@ -77,6 +77,12 @@ AttentionScores<T> scores_of(const MaybeTensor& bias, const MaybeTensor& sinks, 
           seed ? uint64_t(*data<const int64_t>(*seed)) : 0};
 }
 
+template <class T>
+void run_forward(std::span<const AttentionForward<T>> calls, const Tensor& out) {
+  Scratch scratch{out};
+  attention_forward<T>(calls, std::ref(scratch), int64_t(torch::stable::get_num_threads()), on_torch_threads);
+}
+
 void forward_and_weights(const Tensor& out, const Tensor& lse, const MaybeTensor& weights,
                          const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
                          const MaybeTensor& bias, const MaybeTensor& padding, const MaybeTensor& global,
@@ -96,9 +102,7 @@ void forward_and_weights(const Tensor& out, const Tensor& lse, const MaybeTensor
         query.size(2),
         data<T>(weights),
         weights && weights->dim() == 3};
-    Scratch scratch{out};
-    attention_forward<T>({&args, 1}, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
-                         on_torch_threads);
+    run_forward<T>({&args, 1}, out);
   });
 }
 
@@ -191,6 +195,11 @@ void each_sequence(const Tensor& query, const Tensor& key, const Tensor& query_e
     body(Span{of_queries[s], of_queries[s + 1]}, Span{of_keys[s], of_keys[s + 1]});
 }
 
+AttentionShape shape_of_sequence(const Tensor& query, const Tensor& key, const Tensor& value, Span queries,
+                                 Span keys) {
+  return {1, query.size(1), key.size(1), queries.size(), keys.size(), query.size(2), value.size(2)};
+}
+
 AttentionPattern pattern_of_sequence(const Numbers& numbers, Span queries, Span keys, bool at_end) {
   AttentionPattern pattern = pattern_of({}, {}, {}, numbers);
   if (at_end) pattern.query_offset = keys.size() - queries.size();
@@ -204,20 +213,14 @@ void varlen_forward(const Tensor& out, const Tensor& lse, const Tensor& query, c
     using T = decltype(element);
     std::vector<AttentionForward<T>> calls;
     each_sequence(query, key, query_ends, key_ends, [&](Span queries, Span keys) {
-      calls.push_back(
-          {{1, query.size(1), key.size(1), queries.size(), keys.size(), query.size(2), value.size(2)},
-           pattern_of_sequence(Numbers::of(numbers), queries, keys, at_end),
-           scores_of<T>({}, sinks, {}, {}, 0, Numbers::of(numbers)),
-           sequence_of<const T>(query, queries.begin),
-           sequence_of<const T>(key, keys.begin),
-           sequence_of<const T>(value, keys.begin),
-           sequence_of<T>(out, queries.begin),
-           data<float>(lse) + queries.begin,
-           query.size(0)});
+      calls.push_back({shape_of_sequence(query, key, value, queries, keys),
+                       pattern_of_sequence(Numbers::of(numbers), queries, keys, at_end),
+                       scores_of<T>({}, sinks, {}, {}, 0, Numbers::of(numbers)),
+                       sequence_of<const T>(query, queries.begin), sequence_of<const T>(key, keys.begin),
+                       sequence_of<const T>(value, keys.begin), sequence_of<T>(out, queries.begin),
+                       data<float>(lse) + queries.begin, query.size(0)});
     });
-    Scratch scratch{out};
-    attention_forward<T>(calls, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
-                         on_torch_threads);
+    run_forward<T>(calls, out);
   });
 }
 
@@ -233,23 +236,22 @@ void varlen_backward(const MaybeTensor& query_grad, const MaybeTensor& key_grad,
     };
     std::vector<AttentionBackward<T>> calls;
     each_sequence(query, key, query_ends, key_ends, [&](Span queries, Span keys) {
-      calls.push_back(
-          {{1, query.size(1), key.size(1), queries.size(), keys.size(), query.size(2), value.size(2)},
-           pattern_of_sequence(Numbers::of(numbers), queries, keys, at_end),
-           scores_of<T>({}, sinks, {}, {}, 0, Numbers::of(numbers)),
-           sequence_of<const T>(query, queries.begin),
-           sequence_of<const T>(key, keys.begin),
-           sequence_of<const T>(value, keys.begin),
-           sequence_of<const T>(out, queries.begin),
-           sequence_of<const T>(out_grad, queries.begin),
-           data<const float>(lse) + queries.begin,
-           lse_grad ? data<const float>(*lse_grad) + queries.begin : nullptr,
-           query.size(0),
-           grad(query_grad, queries.begin),
-           grad(key_grad, keys.begin),
-           grad(value_grad, keys.begin),
-           {},
-           false});
+      calls.push_back({shape_of_sequence(query, key, value, queries, keys),
+                       pattern_of_sequence(Numbers::of(numbers), queries, keys, at_end),
+                       scores_of<T>({}, sinks, {}, {}, 0, Numbers::of(numbers)),
+                       sequence_of<const T>(query, queries.begin),
+                       sequence_of<const T>(key, keys.begin),
+                       sequence_of<const T>(value, keys.begin),
+                       sequence_of<const T>(out, queries.begin),
+                       sequence_of<const T>(out_grad, queries.begin),
+                       data<const float>(lse) + queries.begin,
+                       lse_grad ? data<const float>(*lse_grad) + queries.begin : nullptr,
+                       query.size(0),
+                       grad(query_grad, queries.begin),
+                       grad(key_grad, keys.begin),
+                       grad(value_grad, keys.begin),
+                       {},
+                       false});
     });
     Scratch scratch{out};
     attention_backward<T>(calls, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
@@ -278,9 +280,7 @@ void decode(const Tensor& out, const Tensor& lse, const Tensor& query, const Ten
                        entry(heads_of<const T>(value), b), entry(heads_of<T>(out), b),
                        data<float>(lse) + b * shape.heads * shape.queries, shape.queries});
     }
-    Scratch scratch{out};
-    attention_forward<T>(calls, std::ref(scratch), int64_t(torch::stable::get_num_threads()),
-                         on_torch_threads);
+    run_forward<T>(calls, out);
   });
 }
 

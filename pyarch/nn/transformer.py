@@ -393,13 +393,13 @@ def _shape_of_nested(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # -------------------------------------------------------------------------------- what others could notice
 
 # Step by step torch calls the modules, so their hooks run and a forward of their own counts.
-_KNOWN_FORWARDS = (nn.MultiheadAttention.forward, MultiheadAttention.forward)
+KNOWN_FORWARDS = (nn.MultiheadAttention.forward, MultiheadAttention.forward)
 
 
 def can_be_passed_by(module: nn.MultiheadAttention) -> bool:
     """Whether calling the module means no more than computing what torch's class does."""
     return (
-        type(module).forward in _KNOWN_FORWARDS
+        type(module).forward in KNOWN_FORWARDS
         and "forward" not in vars(module)
         and not has_hooks(module)
         and not _has_any_global_hook()

@@ -112,7 +112,7 @@ def run(
         known = _decided.remember(like, _decide(query, key, value, extras, settings, return_weights, backend))
     kernel, weights_kernel, save, by_torch = known
     if compiling:
-        query, key, value = _each_once(query, key, value)
+        query, key, value = each_once(query, key, value)
     if by_torch and return_weights is None and not return_lse:
         return without_autocast(attention_torch.attend, query.device, query, key, value, extras, settings)
     if weights_kernel is not None and attention_cpu.make_both(kernel, weights_kernel):
@@ -132,7 +132,7 @@ def run(
     return (out, weights, lse) if return_lse else (out, weights)
 
 
-def _each_once(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def each_once(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same as three tensors: torch.compile takes none twice in an autograd function."""
     value = value.view_as(value) if value is query or value is key else value
     return query, key.view_as(key) if key is query else key, value
@@ -229,10 +229,11 @@ def _fault(query, key, value, extras: Extras, settings: Settings) -> Exception |
     wrong = misfit(query.shape, *shapes)
     if wrong is not None:
         return ValueError(wrong)
-    return _fault_of_settings(extras, settings)
+    return fault_of_settings(extras, settings)
 
 
-def _fault_of_settings(extras: Extras, settings: Settings) -> Exception | None:
+def fault_of_settings(extras: Extras, settings: Settings) -> Exception | None:
+    """The error that the numbers of a call are, or its seed; None for good ones."""
     if not 0 <= settings.dropout_p <= 1:
         return ValueError(f"dropout_p must lie in 0 to 1, got {settings.dropout_p}")
     # Two questions: torch.compile may hold dropout_p as a symbol, and compares no bool with a symbolic one.

@@ -113,7 +113,7 @@ def backward(
     for grad, own in zip(grads, written, strict=True):
         if grad is not own:
             grad.copy_(own)
-    grad_sinks = _sinks_gradient(grad_out, grad_lse, out, lse, extras.sinks) if needs[4] else None
+    grad_sinks = sinks_gradient(grad_out, grad_lse, out, lse, extras.sinks) if needs[4] else None
     if needs[3]:
         grad_bias = grad_bias.to(extras.bias.dtype)
     if needs[5]:
@@ -162,7 +162,8 @@ def _sees_everything(extras: Extras, settings: Settings) -> bool:
     return not (settings.is_causal or is_near) and extras.mask is None and extras.padding is None
 
 
-def _sinks_gradient(grad_out, grad_lse, out, lse, sinks: Tensor) -> Tensor:
+def sinks_gradient(grad_out, grad_lse, out, lse, sinks: Tensor) -> Tensor:
+    """The gradient of sinks (H,) from those of out (B, H, Tq, Dv) and lse (B, H, Tq), the latter or None."""
     delta = (grad_out.float() * out.float()).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse

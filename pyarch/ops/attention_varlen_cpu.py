@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyarch import native
-from pyarch.ops.attention_cpu import native_numbers
+from pyarch.ops.attention_cpu import native_numbers, sinks_gradient
 from pyarch.reference.attention import Settings
 from pyarch.reference.attention_varlen import Gradients
 
@@ -60,16 +60,11 @@ def backward(
     for grad, own in zip(grads, written, strict=True):
         if grad is not own:
             grad.copy_(own)
-    return *grads, _sinks_gradient(grad_out, grad_lse, out, lse, sinks) if needs[3] else None
+    if not needs[3]:
+        return *grads, None
+    in_heads = grad_out.transpose(0, 1)[None], None if grad_lse is None else grad_lse[None]
+    return *grads, sinks_gradient(*in_heads, out.transpose(0, 1)[None], lse[None], sinks)
 
 
 def _single(sinks: Tensor | None) -> Tensor | None:
     return None if sinks is None else sinks.float().contiguous()
-
-
-def _sinks_gradient(grad_out, grad_lse, out, lse, sinks: Tensor) -> Tensor:
-    delta = (grad_out.float() * out.float()).sum(-1).T  # (H, Nq)
-    if grad_lse is not None:
-        delta = delta - grad_lse
-    share = torch.exp(sinks.float()[:, None] - torch.where(lse.isinf(), 0.0, lse))
-    return -(share * delta).sum(1).to(sinks.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyarch.dispatch import settled_backend
-from pyarch.ops.attention import DTYPES
+from pyarch.ops.attention import DTYPES, NO_EXTRAS, fault_of_settings
 from pyarch.ops.attention_call import misfit
 from pyarch.ops.attention_decode_call import decode
 from pyarch.ops.attention_functions import Window, window_sides
@@ -62,12 +62,13 @@ def attention_decode(
     """
     left, right = window_sides(window)
     _refuse_tensors(query, key_cache, value_cache, key, value, sinks)
-    for name, reach in (("left", left), ("right", right)):
-        if reach is not None and reach < 0:
-            raise ValueError(f"the window must reach 0 or more keys to each side, got {name} {reach}")
-    if softcap is not None and softcap < 0:
-        raise ValueError(f"softcap must be positive, or 0 or None for none, got {softcap}")
     batch, _, queries, width = query.shape
+    if scale is None:
+        scale = 1 / math.sqrt(width)
+    settings = Settings(scale, True, left, right, softcap=softcap or 0.0)
+    fault = fault_of_settings(NO_EXTRAS, settings)
+    if fault is not None:
+        raise fault
     places, added = key_cache.shape[2], 0 if key is None else queries
     _refuse_lengths(lengths, query, places, added)
     if key is not None:
@@ -78,9 +79,6 @@ def attention_decode(
         positions = first.to(torch.int32).contiguous()
     else:
         positions = torch.full((batch,), first, dtype=torch.int32, device=query.device)
-    if scale is None:
-        scale = 1 / math.sqrt(width)
-    settings = Settings(scale, True, left, right, softcap=softcap or 0.0)
     backend = "auto" if torch.compiler.is_compiling() else settled_backend("auto")
     out, lse = decode(query, key_cache, value_cache, positions, sinks, settings, backend)
     return (out, lse) if return_lse else out

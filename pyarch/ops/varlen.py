@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyarch.dispatch import settled_backend
-from pyarch.ops.attention import DTYPES, NO_EXTRAS, as_autocast_casts
+from pyarch.ops.attention import DTYPES, NO_EXTRAS, as_autocast_casts, each_once, fault_of_settings
 from pyarch.ops.attention_functions import Window, window_sides
 from pyarch.ops.attention_varlen_autograd import forward_of, refuse_ends, run_tracked
 from pyarch.ops.plain_calls import under_transform, without_autocast
@@ -69,11 +69,15 @@ def attention_varlen(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     _refuse_tensors(query, key, value, cu_seqlens_q, cu_seqlens_k, sinks)
-    _refuse_options(left, right, query_offset, softcap)
     at_end = query_offset == "end"
+    if not at_end and (isinstance(query_offset, bool | str) or not _is_integer(query_offset)):
+        raise TypeError(f"query_offset must be an integer or 'end', got {query_offset!r}")
     if scale is None:
         scale = 1 / math.sqrt(query.shape[2])
     settings = Settings(scale, is_causal, left, right, 1, 0, 0 if at_end else query_offset, softcap or 0.0)
+    fault = fault_of_settings(NO_EXTRAS, settings)
+    if fault is not None:
+        raise fault
     query, key, value, _ = as_autocast_casts(query, key, value, NO_EXTRAS)
     is_shared = cu_seqlens_k is cu_seqlens_q
     cu_q = cu_seqlens_q.to(torch.int32).contiguous()
@@ -89,18 +93,12 @@ def attention_varlen(
         each is not None and each.requires_grad for each in (query, key, value, sinks)
     ):
         if compiling:
-            tensors = _each_once(*tensors)
+            apart = cu_k.view_as(cu_k) if is_shared else cu_k
+            tensors = *each_once(query, key, value), cu_q, apart, sinks
         out, lse = run_tracked(settings, at_end, backend, *tensors)
     else:
         out, lse = forward_of(*tensors, settings, at_end, False, backend)
     return (out, lse) if return_lse else out
-
-
-def _each_once(query, key, value, cu_q, cu_k, sinks):
-    """The same as tensors of their own: torch.compile takes none twice in an autograd function."""
-    value = value.view_as(value) if value is query or value is key else value
-    key = key.view_as(key) if key is query else key
-    return query, key, value, cu_q, cu_k.view_as(cu_k) if cu_k is cu_q else cu_k, sinks
 
 
 # -------------------------------------------------------------------------------- which calls are none
@@ -151,16 +149,6 @@ def _misfit(query, key, value) -> str | None:
     if key[2] != query[2] or query[2] < 1 or value[2] < 1:
         return f"query and key must have one width, at least 1, got {query[2]} and {key[2]}"
     return None
-
-
-def _refuse_options(left, right, query_offset, softcap) -> None:
-    for name, reach in (("left", left), ("right", right)):
-        if reach is not None and reach < 0:
-            raise ValueError(f"the window must reach 0 or more keys to each side, got {name} {reach}")
-    if query_offset != "end" and (isinstance(query_offset, bool | str) or not _is_integer(query_offset)):
-        raise TypeError(f"query_offset must be an integer or 'end', got {query_offset!r}")
-    if softcap is not None and softcap < 0:
-        raise ValueError(f"softcap must be positive, or 0 or None for none, got {softcap}")
 
 
 def _is_integer(number) -> bool:
