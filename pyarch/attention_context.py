@@ -31,16 +31,16 @@ def attention_context() -> Iterator[None]:
     a call in the block is pyarch's, wherever it runs. torch.jit.trace records torch's own function.
     `pyarch.backend(...)` chooses the backend.
 
-    It costs 2 to 3 us for each call of a torch function inside, in eager mode, and more for those of
-    torch.nn.functional that are written in Python. While it holds, torch's own nn.MultiheadAttention,
-    nn.TransformerEncoderLayer and nn.TransformerEncoder leave their fused paths of evaluation, as they do
-    under any torch function mode; the last then gives numbers at padded positions, which were zeros. It sees
-    neither torch.ops.aten's operators nor what runs inside torch.nn.functional.multi_head_attention_forward:
-    swap the nn.MultiheadAttention instead. What torch.utils.checkpoint computes again in the backward runs
-    outside the block, and it notices and raises an error: give it
-    `context_fn=lambda: (contextlib.nullcontext(), pyarch.attention_context())`. use_reentrant=True takes no
-    such function and notices nothing: its gradients are torch's, and with dropout those of another draw than
-    the output's, so do not use it then.
+    It costs some microseconds for each call of a torch function inside, in eager mode, and more for those of
+    torch.nn.functional that are written in Python: `python -m benchmarks attention --filter context`. While
+    it holds, torch's own nn.MultiheadAttention, nn.TransformerEncoderLayer and nn.TransformerEncoder leave
+    their fused paths of evaluation, as they do under any torch function mode; the last then gives numbers at
+    padded positions, which were zeros. It sees neither torch.ops.aten's operators nor what runs inside
+    torch.nn.functional.multi_head_attention_forward: swap the nn.MultiheadAttention instead. What
+    torch.utils.checkpoint computes again in the backward runs outside the block, and it notices and raises an
+    error: give it `context_fn=lambda: (contextlib.nullcontext(), pyarch.attention_context())`.
+    use_reentrant=True takes no such function and notices nothing: its gradients are torch's, and with dropout
+    those of another draw than the output's, so do not use it then.
 
     Example:
         >>> with pyarch.attention_context():
