@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from pyarch.dispatch import Backend, Op, Reasons, Verdict, accepts_all, requeste
 from pyarch.ops.conv_measured import forward_concessions
 from pyarch.ops.conv_torch import convolve_pairs, convolve_stock
 from pyarch.ops.kernel_refusals import KERNEL_DTYPES, cpu_refusals, cuda_refusals, triton_refusals
-from pyarch.ops.plain_calls import is_plain, under_transform
+from pyarch.ops.plain_calls import Decisions, is_ordinary, under_transform
 from pyarch.reference.conv import memory_format, output_sizes
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -275,24 +276,54 @@ def convolve(input, weight, bias, stride, padding, dilation, groups, padding_mod
     """`depthwise_conv` on settings already spelled out for every dimension, as a module holds them."""
     if not isinstance(input, Tensor):
         return convolve_stock(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+    as_torch_takes_it = stride, padding, dilation, groups, padding_mode
+    like = _likeness(input, weight, bias, as_torch_takes_it, backend)
+    if like in _decided:
+        run, settings = _decided[like]
+        return run(input, weight, bias, *settings)
     if torch.is_autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input, weight, bias)
-    pairs = settled_padding(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+    pairs = settled_padding(input, weight, bias, *as_torch_takes_it)
     if pairs is None:
-        return convolve_stock(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+        return convolve_stock(input, weight, bias, *as_torch_takes_it)
     if input.dim() == weight.dim() - 1:
-        batch = input.unsqueeze(0)
-        return convolve(
-            batch, weight, bias, stride, padding, dilation, groups, padding_mode, backend
-        ).squeeze(0)
-    settings = stride, pairs, dilation, padding_mode, backend
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _DepthwiseConv.apply(input, weight, bias, *settings)
+        return convolve(input.unsqueeze(0), weight, bias, *as_torch_takes_it, backend).squeeze(0)
+    settings = stride, pairs, dilation, padding_mode
+    if _wants_gradients(input, weight, bias):
+        return _DepthwiseConv.apply(input, weight, bias, *settings, backend)
+    if like is None:
+        return _forward_op(input, weight, bias, *settings, backend)
+    call = describe(input, weight, *settings)
+    chosen = FORWARD.choose(call, backend)
+    by_torch = convolve_stock, as_torch_takes_it
+    by_kernel = chosen.run, (*settings, call.channels_last)
+    run, settings = _decided.remember(like, by_torch if chosen.name == "torch" else by_kernel)
+    return run(input, weight, bias, *settings)
+
+
+_decided = Decisions()
+_KIND = attrgetter("shape", "dtype", "device", "layout")
+
+
+def _likeness(input, weight, bias, settings, backend) -> tuple | None:
+    """What a plain eager call without gradients has in common with those that are decided as it is.
+
+    None for any other call. The types of the settings tell 1 from 1.0, which torch refuses.
+    """
     present = (input, weight) if bias is None else (input, weight, bias)
-    is_watched = not is_plain(present) or input.device.type == "meta" or torch.jit.is_tracing()
-    return (_forward_op if is_watched else _forward)(input, weight, bias, *settings)
+    if not is_ordinary(present) or _wants_gradients(input, weight, bias) or torch.jit.is_tracing():
+        return None
+    if input.device.type == "meta" or not input.layout == weight.layout == torch.strided:
+        return None
+    stride, padding, dilation, _, _ = settings
+    types = tuple(map(type, (*stride, *padding, *dilation)))
+    return backend, settings, types, input.stride(), weight.stride(), tuple(map(_KIND, present))
+
+
+def _wants_gradients(input, weight, bias) -> bool:
+    return torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 def explain(
