@@ -19,8 +19,8 @@ demo: $(VENV)/built  ## swap real models, verify and time them on this machine
 	$(IN_VENV) -m pyarch demo
 
 test: $(VENV)/built  ## everything that needs no GPU, the Triton kernels by interpreter
-	TRITON_INTERPRET=1 $(IN_VENV) -m pytest -n auto tests/test_*_triton.py
-	$(IN_VENV) -m pytest -n auto --dist loadfile --ignore-glob='*_triton.py'
+	TRITON_INTERPRET=1 $(IN_VENV) -m pytest -n auto --dist worksteal --durations=15 tests/test_*_triton.py
+	$(IN_VENV) -m pytest -n auto --dist worksteal --durations=15 --ignore-glob='*_triton.py'
 
 audit: $(VENV)/built  ## compile every Triton kernel for every target and check what the compiler made
 	$(IN_VENV) -m benchmarks audit
