@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "pyarch.reference": set(),
     "pyarch.triton_kernels": {"triton"},
     "pyarch.models": set(),
+    "pyarch.page": set(),
     "pyarch.hardware": set(),
     "pyarch.native": {"pyarch.hardware"},
     "pyarch.dispatch": {"pyarch.hardware"},

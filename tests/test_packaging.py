@@ -178,7 +178,12 @@ def test_packaging_pure_wheel_holds_every_module_and_no_library(tmp_path):
         for pattern in ("*.py", "configs/*.json")
         for path in (ROOT / "triton_kernels").glob(pattern)
     }
-    assert held == modules | kernels
+    page = {
+        str(path.relative_to(ROOT))
+        for folder in ("assets", "vendor")
+        for path in (ROOT / "pyarch/page" / folder).iterdir()
+    }
+    assert held == modules | kernels | page
 
 
 def test_packaging_auto_without_a_compiler_is_pure_and_says_so(tmp_path):
