@@ -1,9 +1,10 @@
 """Who looks at whom: the attention weights of every layer of a swapped model, head by head.
 
 The model runs once, as a copy that shares its parameters. Every nn.MultiheadAttention in it, also one inside
-a transformer layer, and every plain call in an `attention_context` gives its weights beside its output.
+a transformer layer, every attention inside windows, and every plain call in an `attention_context` gives its
+weights beside its output.
 
-Legend: B batch, H heads, Tq queries, Tk keys.
+Legend: B batch, H heads, Tq queries, Tk keys; n windows of an image, N tokens in a window.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from pyarch.nested import as_arguments, map_tensors, positional
 from pyarch.nn.attention import MultiheadAttention, attend
 from pyarch.nn.attention_call import is_fused_by_torch, read
 from pyarch.nn.drop_in import backend_of, config_of
+from pyarch.nn.swin_attention import SwinAttention, is_served
 from pyarch.nn.transformer import KNOWN_FORWARDS, TransformerDecoderLayer, TransformerEncoderLayer
+from pyarch.nn.window_attention import WindowAttention
 from pyarch.ops import scaled_dot_product_attention
 from pyarch.report import Table
 from pyarch.rules import Rule, first_match, read_rules
 from pyarch.swap import SDPA_HINT, checked_model
 
-ATTENTION_LAYERS = MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer
+WINDOW_LAYERS = WindowAttention, SwinAttention
+ATTENTION_LAYERS = MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, *WINDOW_LAYERS
 
 
 class AttentionMaps(Mapping[str, Tensor]):
@@ -147,12 +151,15 @@ def attention_maps(
     """Run a swapped model once and return the attention weights of its layers.
 
     They are the probabilities that the model multiplies its values with: of every nn.MultiheadAttention, by
-    its name, inside a transformer layer too; and where the model was swapped with `sdpa=True` of every plain
-    call of torch's scaled_dot_product_attention, by the name of the module that makes it. Other attention,
-    such as that of `pyarch.nn.WindowAttention` or of a Hugging Face model under attn_implementation="pyarch"
-    (which has output_attentions=True), gives none, and jagged nested tensors are refused. The model runs in
-    the mode that it is in, but without dropout, and is itself left alone: a copy that shares its parameters
-    runs, without gradients, and no random number of yours is drawn.
+    its name, inside a transformer layer too; of every attention inside windows (`pyarch.nn.WindowAttention`,
+    and torchvision's and Hugging Face's Swin as swapped); and where the model was swapped with `sdpa=True` of
+    every plain call of torch's scaled_dot_product_attention, by the name of the module that makes it. Windows
+    stand in the batch, (B * n, H, N, N): those of an image follow each other row by row, `sample` of a plot
+    counts them, and those of a shifted layer are cut from the rolled image, where a token gives 0 to those
+    that lie in another part of it. Other attention, such as that of a Hugging Face model under
+    attn_implementation="pyarch" (which has output_attentions=True), gives none, and jagged nested tensors are
+    refused. The model runs in the mode that it is in, but without dropout, and is itself left alone: a copy
+    that shares its parameters runs, without gradients, and no random number of yours is drawn.
 
     Every map is a dense tensor: B * H * Tq * Tk elements a call, of the dtype of its layer, all of them on
     the CPU at once (12 layers of 12 heads over 1024 tokens in float32: 600 MB a sequence). `layers` keeps
@@ -178,7 +185,7 @@ def attention_maps(
     copied = duplicate(checked_model(model), share_parameters=True)
     if not _has_attention(copied):
         raise ValueError(
-            f"{type(copied).__name__} has no MultiheadAttention of pyarch: swap it first, "
+            f"{type(copied).__name__} has no attention layer of pyarch: swap it first, "
             f"pyarch.swap(model), or, where it calls F.scaled_dot_product_attention itself, {SDPA_HINT}"
         )
     silence_dropout(copied)
@@ -196,7 +203,7 @@ def attention_maps(
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         running.append(names[module])
         if _is_attention(module) and is_wanted(names[module]):
-            keep(names[module], _weights_of_module(module, positional(module, (args, kwargs)), heads))
+            keep(names[module], _weights_of_module(module, args, kwargs, heads))
 
     def leave(module: nn.Module, args: tuple, output: object) -> None:
         running.pop()
@@ -244,10 +251,21 @@ def _numbered(name: str, maps: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_attention(module: nn.Module) -> bool:
+    if isinstance(module, WINDOW_LAYERS):
+        known = {kind.forward for kind in WINDOW_LAYERS}
+        return type(module).forward in known and (not isinstance(module, SwinAttention) or is_served(module))
     return isinstance(module, nn.MultiheadAttention) and type(module).forward in KNOWN_FORWARDS
 
 
-def _weights_of_module(module: nn.MultiheadAttention, given: tuple, heads: bool) -> Tensor:
+def _weights_of_module(module: nn.Module, args: tuple, kwargs: Mapping, heads: bool) -> Tensor:
+    """What a module without dropout weighs values with in this call, with one dimension for the batch."""
+    given = positional(module, (args, kwargs))
+    if isinstance(module, WINDOW_LAYERS):
+        return module.attention_weights(*given, heads=heads)
+    return _weights_of_layer(module, given, heads)
+
+
+def _weights_of_layer(module: nn.MultiheadAttention, given: tuple, heads: bool) -> Tensor:
     """What a MultiheadAttention without dropout would give for need_weights=True, of the call as it is."""
     query, key, value, padding, need_weights, mask, _, is_causal = given
     is_causal = is_causal and not is_fused_by_torch(module, query, key, value, padding, mask)

@@ -14,6 +14,8 @@ import pyarch
 from tests.attention_context_cases import HEADS, TOKENS, WIDTH, Mixed, Net, tokens
 from tests.compare import check
 from tests.swap_cases import depthwise
+from tests.window_attention_cases import CASES, SHIFTED, weights_of
+from tests.window_attention_cases import HEADS as WINDOW_HEADS
 
 OPERATOR = "attention"
 
@@ -219,6 +221,44 @@ def test_maps_mean_is_the_mean_of_the_heads():
         torch.testing.assert_close(mean[name], by_head[name].mean(1))
 
 
+# -------------------------------------------------------------------------------- inside windows
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_maps_of_window_attention(case):
+    layer, image = case.layer(), case.input()
+    exact = weights_of(copy.deepcopy(layer).double(), image.double())
+    stock = weights_of(layer, image)
+    maps = pyarch.attention_maps(nn.Sequential(layer), image)
+    check("windows", maps["0"], stock, exact)
+    tokens_each = case.window[0] * case.window[1]
+    assert maps["0"].shape[1:] == (WINDOW_HEADS, tokens_each, tokens_each)
+    mean = pyarch.attention_maps(nn.Sequential(layer), image, heads=False)["0"]
+    check("mean", mean, stock.mean(1), exact.mean(1))
+
+
+def test_maps_of_window_attention_are_without_dropout_and_drawn():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    layer = SHIFTED.layer(attention_dropout=0.5, dropout=0.5)
+    maps = pyarch.attention_maps(layer, SHIFTED.input())
+    torch.testing.assert_close(maps[""].sum(-1), torch.ones(maps[""].shape[:3]))
+    (figure,) = maps.plot(head=1, sample=3)
+    assert len([axes for axes in figure.axes if axes.images]) >= 1
+
+
+class OfOwn(pyarch.nn.WindowAttention):
+    """Computes something else, so that its weights are not known."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_maps_of_window_attention_that_computes_something_else_are_none():
+    layer = OfOwn(12, 4, 2, 3)
+    with pytest.raises(ValueError, match="ran none of its attention"):
+        pyarch.attention_maps(layer, torch.randn(2, 8, 8, 12))
+
+
 # -------------------------------------------------------------------------------- which layers, which calls
 
 
@@ -327,7 +367,7 @@ def test_maps_name_a_call_rightly_after_a_part_has_failed():
 @pytest.mark.parametrize("build", [Net, depthwise, lambda: nn.TransformerEncoderLayer(24, 3)])
 def test_maps_need_attention_of_ours(build):
     model = build()
-    with pytest.raises(ValueError, match=r"has no MultiheadAttention of pyarch: swap it first.*sdpa=True"):
+    with pytest.raises(ValueError, match=r"has no attention layer of pyarch: swap it first.*sdpa=True"):
         pyarch.attention_maps(model, tokens())
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import pyarch
 from pyarch.models import swin
 from tests.attention_modules_cases import each_backend
+from tests.compare import check
 from tests.swap_cases import operators_of
 from tests.whole_models import layout
 from tests.window_attention_cases import (
@@ -26,6 +27,7 @@ from tests.window_attention_cases import (
     definition,
     filled,
     results_of,
+    weights_of,
 )
 
 OPERATOR = "attention"
@@ -77,6 +79,14 @@ def test_window_attention_of_torchvision_swapped(backend, case):
     assert (record.was, record.now) == (f"{PACKAGE}.ShiftedWindowAttention", "pyarch.nn.WindowAttention")
     compare(ours, stock, image)
     assert ("attention_forward", backend) in operators_of(ours, image)
+
+
+def test_window_attention_of_torchvision_gives_maps():
+    stock, image = of_torchvision(), RAGGED.input()
+    ours = nn.Sequential(copy.deepcopy(stock))
+    pyarch.swap(ours)
+    exact = weights_of(copy.deepcopy(stock).double(), image.double())
+    check("maps", pyarch.attention_maps(ours, image)["0"], weights_of(stock, image), exact)
 
 
 def test_window_attention_of_torchvision_loads_into_ours():

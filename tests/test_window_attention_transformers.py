@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pyarch
+from tests.compare import check
 from tests.model_cases import KERNELS, need
 from tests.swap_cases import operators_of
 from tests.whole_models import check_run, layout, run
@@ -41,12 +42,16 @@ class Swin(nn.Module):
         return {"tokens": found.last_hidden_state, "pooled": found.pooler_output}
 
 
-def swin(**changed) -> Swin:
-    """With random weights in evaluation mode, and with tables of size 1, which start at 0."""
+def swin(*filled: str, **changed) -> Swin:
+    """With random weights in evaluation mode, and with numbers of size 1 in what starts at 0.
+
+    Args:
+        filled: which parameters, by the ends of their names; the tables always.
+    """
     torch.manual_seed(0)
     model = Swin(**changed).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("relative_position_bias_table"):
+        if name.endswith(("relative_position_bias_table", *filled)):
             nn.init.normal_(parameter)
     return model
 
@@ -90,9 +95,11 @@ def test_transformers_swin_check_sees_a_mask_that_is_ignored():
 
 
 @pytest.mark.parametrize("backend", ("cpu",))
-def test_transformers_swin_verifies(backend):
+@pytest.mark.parametrize("filled", [(), ("bias",)], ids=["tables", "biases"])
+def test_transformers_swin_verifies(filled, backend):
+    """Biases of q, k and v are common to all tokens: an error of a whole row would be multiplied."""
     need(backend)
-    proof = pyarch.verify(swin(), images(), timing=False)
+    proof = pyarch.verify(swin(*filled), images(), timing=False)
     proof.assert_ok()
     assert {(layer.forward, layer.backward) for layer in proof.layers} == {(backend, backend)}
     assert len(proof.layers) == 4
@@ -144,3 +151,28 @@ def test_transformers_swin_drops_weights_in_training_alone():
     torch.testing.assert_close(model(batch)["tokens"], wanted)
     model.train()
     assert not torch.equal(model(batch)["tokens"], model(batch)["tokens"])
+
+
+@pytest.mark.parametrize("heads", [True, False], ids=["heads", "mean"])
+def test_transformers_swin_maps_are_its_own_weights(heads):
+    """As transformers' eager attention gives them, which adds -100 for a token of another part."""
+    stock, batch = swin("bias"), images()
+    ours = copy.deepcopy(stock)
+    pyarch.swap(ours)
+    maps = pyarch.attention_maps(ours, batch, heads=heads)
+    stock.model.set_attn_implementation("eager")
+    theirs, exact = weights_of(stock, batch), weights_of(stock.double(), batch.double())
+    assert list(maps) == LAYERS
+    for name in LAYERS:
+        check(name, maps[name], *(each[name] if heads else each[name].mean(1) for each in (theirs, exact)))
+
+
+def weights_of(model: Swin, batch: Tensor) -> dict[str, Tensor]:
+    """The weights that the attention of each layer returns beside its output."""
+    found, model = {}, copy.deepcopy(model)
+    for name in LAYERS:
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _, args, output, name=name: found.update({name: output[1]}))
+    with torch.no_grad():
+        model(batch)
+    return found

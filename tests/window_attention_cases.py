@@ -73,12 +73,34 @@ def filled(layer: nn.Module) -> nn.Module:
 
 def definition(layer: nn.Module, image: Tensor) -> Tensor:
     """What a layer with torchvision's attributes computes of (B, H, W, C), without dropout."""
+    _, H, W, _ = image.shape
+    weights, value, (tall, broad) = _attention(layer, image)
+    output = F.linear((weights @ value).transpose(1, 2).flatten(2), layer.proj.weight, layer.proj.bias)
+    return output.view(len(image), tall, broad, -1)[:, :H, :W]
+
+
+def weights_of(layer: nn.Module, image: Tensor) -> Tensor:
+    """The weights of `definition` window by window: (B n, heads, N, N), an image's row by row."""
+    with torch.no_grad():
+        weights, _, (tall, broad) = _attention(layer, image)
+    (high, wide), (down, right) = layer.window_size, _shift(layer, tall, broad)
+    windows = []
+    for top in range(down, tall + down, high):
+        for left in range(right, broad + right, wide):
+            rows = torch.arange(top, top + high) % tall
+            columns = torch.arange(left, left + wide) % broad
+            tokens = (rows[:, None] * broad + columns).flatten()
+            windows.append(weights[:, :, tokens][:, :, :, tokens])
+    return torch.stack(windows, 1).flatten(0, 1)
+
+
+def _attention(layer: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Weights (B, heads, P, P) and values (B, heads, P, D) of the P tokens of the padded image; its size."""
     (high, wide), heads = layer.window_size, layer.num_heads
-    B, H, W, _ = image.shape
+    _, H, W, _ = image.shape
     x = F.pad(image, (0, 0, 0, -W % wide, 0, -H % high))
     tall, broad = x.shape[1:3]
-    down = layer.shift_size[0] if tall > high else 0
-    right = layer.shift_size[1] if broad > wide else 0
+    down, right = _shift(layer, tall, broad)
 
     y_place, x_place = torch.meshgrid(torch.arange(tall), torch.arange(broad), indexing="ij")
     y_place, x_place = y_place.flatten(), x_place.flatten()
@@ -91,9 +113,13 @@ def definition(layer: nn.Module, image: Tensor) -> Tensor:
     product = F.linear(x.flatten(1, 2), layer.qkv.weight, layer.qkv.bias)
     query, key, value = product.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5 + bias
-    attended = scores.masked_fill(~seen, -torch.inf).softmax(3) @ value
-    output = F.linear(attended.transpose(1, 2).flatten(2), layer.proj.weight, layer.proj.bias)
-    return output.view(B, tall, broad, -1)[:, :H, :W]
+    return scores.masked_fill(~seen, -torch.inf).softmax(3), value, (tall, broad)
+
+
+def _shift(layer: nn.Module, tall: int, broad: int) -> tuple[int, int]:
+    """Down and right; 0 where one window holds the padded image."""
+    (high, wide), (down, right) = layer.window_size, layer.shift_size
+    return down if tall > high else 0, right if broad > wide else 0
 
 
 def results_of(function, layer: nn.Module, image: Tensor) -> dict[str, Tensor]:

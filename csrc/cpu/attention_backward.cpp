@@ -3,6 +3,9 @@
 //   p = 2^(x - lse),  dv = p^T do,  dp = do v^T,  ds = p (dp - delta),  dq = ds k,  dk = ds^T q,
 //   delta = sum(do * o) - dlse
 //
+// Where all keys lie in one block, delta = sum(p dp) / sum(p) - dlse, which is the same but for rounding: an error of
+// delta is one of all of a row's ds, and so is multiplied by what its keys have in common.
+//
 // A block of keys meets the chunks of queries one after another. Each strip of a chunk makes its scores again, from them
 // p and ds, and adds to dq; then the chunk's p and ds, read across, add to the block's dv and dk. Five products, of which
 // none is done twice. Where there are fewer heads than threads the keys of a head are split; each part sums a dq of its
@@ -11,7 +14,7 @@
 #include <cstring>
 
 #include "attention_key_sums.h"
-#include "attention_probabilities.h"
+#include "attention_row_gradients.h"
 
 namespace pyarch {
 namespace {
@@ -19,6 +22,7 @@ namespace {
 template <class T>
 class Backward {
   using S = Step<T>;
+  using Row = typename RowGradients<T>::Row;
   static constexpr int64_t E = S::ELEMENTS;
   static constexpr int64_t STRIP_DISTANCES = STRIP<T> + KEY_PITCH;  // of a strip to a block of keys
 
@@ -26,8 +30,7 @@ class Backward {
   explicit Backward(const AttentionBackward<T>& args)
       : args_(args),
         shape_(args.shape),
-        rule_{args.scores},
-        dropout_(args.scores.dropout, args.scores.seed),
+        rows_(args),
         head_panels_(ceil_div(shape_.head_dim, PANEL)),
         query_floats_(round_up(shape_.queries, STRIP<T>) * head_panels_ * PANEL),
         distances_(args.distance_grad ? shape_.queries + shape_.keys - 1 : 0),
@@ -85,7 +88,7 @@ class Backward {
     int64_t keys, key_columns, values;  // the block's operands
     int64_t queries, query_columns;     // the chunk's
     int64_t out_grads, out_grad_columns;
-    int64_t scores, probability_grads;  // a strip's
+    int64_t scores, probability_grads, slopes;  // a strip's
     int64_t probabilities, score_grads, strip_score_grads;
     int64_t key_grads, value_grads;  // the unit's
     int64_t deltas, exponents;       // the head's
@@ -107,6 +110,7 @@ class Backward {
   };
 
   int64_t heads() const { return shape_.batch * shape_.heads; }
+  bool in_one_block() const { return blocks_ == 1; }
   int64_t head_pitch() const { return head_panels_ * PANEL; }
   int64_t sum_floats() const { return query_floats_ + round_up(distances_, LANES); }  // of a head
   static int64_t floats(int64_t bytes) { return ceil_div(bytes, 64) * 16; }
@@ -125,6 +129,7 @@ class Backward {
     at.out_grad_columns = take(value_sums_.operand_floats());
     at.scores = take(STRIP<T> * KEY_PITCH);
     at.probability_grads = take(STRIP<T> * KEY_PITCH);
+    at.slopes = take(args_.scores.softcap != 0 ? STRIP<T> * KEY_PITCH : 0);
     at.probabilities = take(CHUNK<T> / E * KEY_PITCH);
     at.score_grads = take(CHUNK<T> / E * KEY_PITCH);
     at.strip_score_grads = take(E > 1 ? STRIP<T> * KEY_PITCH : 0);
@@ -182,6 +187,7 @@ class Backward {
 
   // delta and what is taken from exponents, of every query; infinity where it sees nothing. delta is summed as the
   // products of probability gradients are, so that a query which sees one key finds no difference.
+  // Where a block holds all keys, the products are left to its rows.
   void prepare_head(const Sight& sight, int64_t b, int64_t h, const Thread& own) const {
     const auto out = Rows<T>::of(args_.out, b, h, shape_.value_dim);
     const auto grad = Rows<T>::of(args_.out_grad, b, h, shape_.value_dim);
@@ -189,10 +195,12 @@ class Backward {
     float *const outs = own.memory + own.at.queries, *const grads = own.memory + own.at.out_grads;
     for (int64_t i = 0; i < shape_.queries; i += STRIP<T>) {
       const int64_t count = std::min<int64_t>(STRIP<T>, shape_.queries - i);
-      pack_strip(out.from(i), count, outs);
-      pack_strip(grad.from(i), count, grads);
-      float products[LANES];
-      multiply_rows(grads, outs, products);
+      float products[LANES] = {};
+      if (!in_one_block()) {
+        pack_strip(out.from(i), count, outs);
+        pack_strip(grad.from(i), count, grads);
+        multiply_rows(grads, outs, products);
+      }
       for (int64_t r = 0; r < count; ++r) {
         const float lse = args_.lse[first + i + r];
         // With a sink even what sees nothing has a sum.
@@ -255,7 +263,7 @@ class Backward {
       seen[s] = {meeting.keys.end, meeting.keys.begin};
       int64_t runs = 0;
       const auto each_run = [&](auto&& body) {
-        if (s < strips) meeting.sight.each_block(rows, meeting.keys, body);
+        if (s < strips) each_stretch(meeting, rows, body);
       };
       each_run([&](Span keys) {
         seen[s] = {std::min(seen[s].begin, keys.begin), std::max(seen[s].end, keys.end)};
@@ -279,6 +287,17 @@ class Backward {
       if (first < last)
         sum_over_queries(meeting, tile, {first * STRIP<T>, std::min(last * STRIP<T>, queries.size())});
     }
+  }
+
+  // Calls body(keys) for the stretches of the block that a strip meets; where the block holds all keys, for one.
+  template <class Body>
+  void each_stretch(const Meeting& meeting, Span rows, Body&& body) const {
+    if (!in_one_block()) return meeting.sight.each_block(rows, meeting.keys, body);
+    Span all{meeting.keys.end, meeting.keys.begin};
+    meeting.sight.each_block(rows, meeting.keys, [&](Span keys) {
+      all = {std::min(all.begin, keys.begin), std::max(all.end, keys.end)};
+    });
+    if (all.size() > 0) body(all);
   }
 
   void pack_queries(const Meeting& meeting) const {
@@ -316,6 +335,16 @@ class Backward {
     std::memset(own.memory + own.at.score_grads + first, 0, count * sizeof(float));
   }
 
+  static RowBuffers buffers_of(const Thread& own) {
+    const Layout& at = own.at;
+    float* const memory = own.memory;
+    return {memory + at.scores,        memory + at.probability_grads,
+            memory + at.slopes,        memory + at.strip_score_grads,
+            memory + at.probabilities, memory + at.score_grads,
+            memory + at.exponents,     memory + at.deltas,
+            memory + at.kept};
+  }
+
   // Returns whether any query sees any key; else nothing is written.
   bool run_strip(const Meeting& meeting, int64_t s, Span rows, Span keys) const {
     const Thread& own = meeting.own;
@@ -340,17 +369,39 @@ class Backward {
     if (shared) std::fill(shared, shared + KEY_PITCH, 0.0f);
     float* const distances = distances_ ? own.memory + own.at.distance_grads : nullptr;
     if (distances) std::fill_n(distances, STRIP_DISTANCES, 0.0f);
-    for (int64_t r = 0; r < count; ++r)
-      parts.each([&](Span part, bool is_whole) {
-        const int64_t column = part.begin - keys.begin;
-        float* const bias_grad = shared ? shared + column : bias_grad_of(meeting, rows.begin + r, part);
-        differentiate_row(meeting, rows.begin + r, part, {r, column, s * STRIP<T> + r, offset + column},
-                          is_whole ? nullptr : visible + r * KEY_BLOCK + column, bias_grad,
-                          distances ? distances + count - 1 - r + column : nullptr);
-      });
+    const auto row_of = [&](int64_t r, Span part, bool is_whole) {
+      const int64_t column = part.begin - keys.begin;
+      return Row{rows.begin + r,
+                 part,
+                 {r, column, s * STRIP<T> + r, offset + column},
+                 is_whole ? nullptr : visible + r * KEY_BLOCK + column};
+    };
+    const auto gradients_of = [&](int64_t r, Span part) {
+      return typename RowGradients<T>::Gradients{
+          shared ? shared + part.begin - keys.begin : bias_grad_of(meeting, rows.begin + r, part),
+          distances ? distances + count - 1 - r + part.begin - keys.begin : nullptr};
+    };
+    const RowBuffers buffers = buffers_of(own);
+    if (in_one_block()) {
+      typename RowGradients<T>::WeightedSums sums[STRIP<T>];
+      for (int64_t r = 0; r < count; ++r)
+        parts.each([&](Span part, bool is_whole) {
+          rows_.weigh_row(buffers, meeting.batch, meeting.head, row_of(r, part, is_whole), sums[r]);
+        });
+      float deltas[STRIP<T>];
+      for (int64_t r = 0; r < count; ++r) deltas[r] = rows_.delta_of(buffers, row_of(r, keys, true), sums[r]);
+      for (int64_t r = 0; r < count; ++r)
+        rows_.differentiate_weighed_row(buffers, row_of(r, keys, true), deltas[r], gradients_of(r, keys));
+    } else {
+      for (int64_t r = 0; r < count; ++r)
+        parts.each([&](Span part, bool is_whole) {
+          rows_.differentiate_row(buffers, meeting.batch, meeting.head, row_of(r, part, is_whole),
+                                  gradients_of(r, part));
+        });
+    }
     if (shared)
       for (int64_t k = 0; k < keys.size(); k += LANES)
-        add_to_bias(bias_grad_of(meeting, rows.begin, keys), k, keys.size(), load(shared + k));
+        rows_.add_to_bias(bias_grad_of(meeting, rows.begin, keys), k, keys.size(), load(shared + k));
     if (distances) {
       float* const sums = meeting.query_sums + query_floats_ + shape_.queries - rows.end + keys.begin;
       for (int64_t d = 0; d < keys.size() + count - 1; ++d) sums[d] += distances[d];
@@ -370,75 +421,6 @@ class Backward {
     return true;
   }
 
-  // Where a row's scores begin: which row of the strip's buffers, where in it, and where in the chunk's.
-  struct Place {
-    int64_t strip_row, strip_column, chunk_row, chunk_column;
-  };
-
-  // From a row's products its probabilities and the gradient of its scores.
-  void differentiate_row(const Meeting& meeting, int64_t query, Span keys, const Place& place,
-                         const uint8_t* visible, float* bias_grad, float* distance_grad) const {
-    const Thread& own = meeting.own;
-    const float* const scores = own.memory + own.at.scores + place.strip_row * KEY_PITCH + place.strip_column;
-    const float* const grads =
-        own.memory + own.at.probability_grads + place.strip_row * KEY_PITCH + place.strip_column;
-    const bool plain = rule_.is_plain(), caps = args_.scores.softcap != 0, drops = dropout_.drops();
-    uint8_t* const kept = reinterpret_cast<uint8_t*>(own.memory + own.at.kept);
-    if (drops) dropout_.keep(meeting.batch * shape_.heads + meeting.head, query, keys, kept);
-    const auto biases = rule_.biases(meeting.batch, meeting.head, query, keys.begin);
-    const Vec factor = broadcast(rule_.factor()), rescale = broadcast(dropout_.rescale());
-    const Vec shift = sub(zero(), broadcast(own.memory[own.at.exponents + query]));
-    const Vec delta = broadcast(own.memory[own.at.deltas + query]);
-    for (int64_t k = 0; k < columns_of<T>(keys.size()); k += LANES) {
-      Vec x = load(scores + k), tanh_of_it = zero();
-      if (plain) {
-        x = fma(x, factor, shift);
-      } else {
-        if (caps) tanh_of_it = rule_.capped(x);
-        x = add(rule_.exponent(x, tanh_of_it, biases.at(k, keys.size())), shift);
-      }
-      Vec p = power_of_two(x), grad = load(grads + k), dropped = p;
-      if (drops) {
-        grad = where(kept + k, mul(grad, rescale), zero());
-        dropped = where(kept + k, mul(p, rescale), zero());
-      }
-      Vec score_grad = mul(p, sub(grad, delta));
-      if (visible) {
-        dropped = where(visible + k, dropped, zero());
-        score_grad = where(visible + k, score_grad, zero());
-        tanh_of_it = where(visible + k, tanh_of_it, zero());
-      }
-      if (bias_grad) add_to_bias(bias_grad, k, keys.size(), score_grad);
-      if (distance_grad) {
-        const Mask mask = first_lanes(std::max<int64_t>(0, keys.size() - k));
-        store(distance_grad + k, add(load(distance_grad + k, mask), score_grad), mask);
-      }
-      if (caps) score_grad = mul(score_grad, fma(negative(tanh_of_it), tanh_of_it, broadcast(1.0f)));
-      store_across(own.memory + own.at.probabilities, place.chunk_row, place.chunk_column + k, dropped);
-      store_across(own.memory + own.at.score_grads, place.chunk_row, place.chunk_column + k, score_grad);
-      if constexpr (E > 1)
-        store(
-            reinterpret_cast<bfloat16*>(own.memory + own.at.strip_score_grads + place.strip_row * KEY_PITCH) +
-                place.strip_column + k,
-            score_grad);
-    }
-  }
-
-  // A row of a chunk's buffer, or one half of a row of pairs, of which the even one comes first.
-  static ALWAYS_INLINE void store_across(float* buffer, int64_t row, int64_t column, Vec value) {
-    float* const at = buffer + row / E * KEY_PITCH + column;
-#if defined(__AVX512BF16__)
-    if constexpr (E > 1) {
-      const __m512i half = _mm512_cvtepu16_epi32(narrow_bfloat16(value));
-      const __m512i pair =
-          row % 2 ? _mm512_or_si512(_mm512_castps_si512(load(at)), _mm512_slli_epi32(half, 16)) : half;
-      store(at, _mm512_castsi512_ps(pair));
-      return;
-    }
-#endif
-    store(at, value);
-  }
-
   // Whether the queries of a strip add to the same few gradients, which then are summed apart: long sums lose bits.
   bool shares_bias() const {
     return args_.bias_grad.data && args_.bias_grad.query_stride == 0 && args_.bias_grad.key_stride != 0;
@@ -446,15 +428,6 @@ class Backward {
   float* bias_grad_of(const Meeting& meeting, int64_t query, Span keys) const {
     if (!args_.bias_grad.data) return nullptr;
     return args_.bias_grad.at(meeting.batch, meeting.head, query) + keys.begin * args_.bias_grad.key_stride;
-  }
-
-  void add_to_bias(float* grads, int64_t k, int64_t count, Vec score_grad) const {
-    if (args_.bias_grad.key_stride == 0) {
-      *grads += sum(score_grad);
-    } else {
-      const Mask mask = first_lanes(std::max<int64_t>(0, count - k));
-      store(grads + k, args_.first_bias_grad ? score_grad : add(load(grads + k, mask), score_grad), mask);
-    }
   }
 
   // A tile of keys meets the chunk's queries.
@@ -482,8 +455,7 @@ class Backward {
 
   const AttentionBackward<T>& args_;
   const AttentionShape shape_;
-  const ScoreRule<T> rule_;
-  const Dropout dropout_;
+  const RowGradients<T> rows_;
   const int64_t head_panels_, query_floats_, distances_;
   const KeySums<T> key_sums_, value_sums_;
   const int64_t blocks_;

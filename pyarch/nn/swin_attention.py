@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyarch.dispatch import Verdict
 from pyarch.nn.drop_in import DropIn, backend_of, config_of, left_to_torch
-from pyarch.nn.window_attention import attend_in_windows, explain_in_windows
+from pyarch.nn.window_attention import attend_in_windows, explain_in_windows, weights_in_windows
 
 
 class SwinAttention(DropIn):
@@ -33,14 +33,7 @@ class SwinAttention(DropIn):
     ) -> tuple[Tensor, Tensor | None]:
         if torch.jit.is_tracing() or not is_served(self):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B n, heads, N, D)
-        mask = None
-        if attention_mask is not None:  # (n, N, N)
-            images = hidden_states.shape[0] // attention_mask.shape[0]
-            mask = (attention_mask == 0).unsqueeze(1).repeat(images, 1, 1, 1)
+        query, key, value, mask = self._windows(hidden_states, attention_mask)
         attended = attend_in_windows(
             query,
             key,
@@ -51,6 +44,27 @@ class SwinAttention(DropIn):
             backend_of(config_of(self)),
         )
         return self.o_proj(attended.transpose(1, 2).flatten(2)), None
+
+    def attention_weights(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, heads: bool = True
+    ) -> Tensor:
+        """What a call weighs values with, without dropout: (B n, heads, N, N), or the mean (B n, N, N)."""
+        query, key, value, mask = self._windows(hidden_states, attention_mask)
+        bias, backend = self.relative_position_bias(), backend_of(config_of(self))
+        return weights_in_windows(query, key, value, bias, mask, heads, backend)
+
+    def _windows(
+        self, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query, key and value of every window, (B n, heads, N, D), and what a shift lets each token see."""
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if attention_mask is None:
+            return query, key, value, None
+        images = hidden_states.shape[0] // attention_mask.shape[0]  # the mask is (n, N, N)
+        return query, key, value, (attention_mask == 0).unsqueeze(1).repeat(images, 1, 1, 1)
 
     def explain(self, hidden_states, attention_mask=None) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of a call on these inputs, for "forward" and "backward"."""

@@ -100,18 +100,7 @@ class WindowAttention(DropIn, nn.Module):
         B, H, W, C = input.shape
         H, W = _as_constant(H), _as_constant(W)
         (high, wide), (down, right) = self.window_size, _shift(self, H, W)
-        x = F.pad(input, (0, 0, 0, -W % wide, 0, -H % high)) if H % high or W % wide else input
-        is_shifted = bool(down or right)
-        mask = None
-        if is_shifted:
-            x = x.roll((-down, -right), (1, 2))
-            mask = shift_mask(x.shape[1:3], self.window_size, (down, right), x.device).repeat(B, 1, 1, 1)
-        rows, columns = x.shape[1] // high, x.shape[2] // wide  # of windows, n together
-        windows = x.reshape(B, rows, high, columns, wide, C).transpose(2, 3)
-        tokens = windows.reshape(B * rows * columns, high * wide, C)
-
-        qkv = F.linear(tokens, self.qkv.weight, self.qkv.bias).unflatten(2, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B n, heads, N, D)
+        query, key, value, mask = self._windows(input)
         dropout_p = self.attention_dropout if self.training else 0.0
         attended = attend_in_windows(
             query, key, value, self.get_relative_position_bias(), mask, dropout_p, backend_of(config_of(self))
@@ -119,11 +108,42 @@ class WindowAttention(DropIn, nn.Module):
         tokens = F.linear(attended.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
         tokens = F.dropout(tokens, self.dropout, self.training)
 
+        rows, columns = -(-H // high), -(-W // wide)  # of windows, n together
         windows = tokens.reshape(B, rows, columns, high, wide, C)
         x = windows.transpose(2, 3).reshape(B, rows * high, columns * wide, C)
-        if is_shifted:
+        if mask is not None:
             x = x.roll((down, right), (1, 2))
         return x[:, :H, :W].contiguous()
+
+    def attention_weights(self, input: Tensor, heads: bool = True) -> Tensor:
+        """What a call on `input` weighs values with, without dropout: (B n, heads, N, N), query by key.
+
+        Args:
+            input: (B, H, W, C). The windows of an image follow each other row by row, those of the next
+                image behind them; in each the tokens, row by row too. Of a shifted layer they are windows of
+                the rolled image.
+            heads: False for the mean over heads, (B n, N, N).
+        """
+        _check_input(self, input)
+        query, key, value, mask = self._windows(input)
+        bias, backend = self.get_relative_position_bias(), backend_of(config_of(self))
+        return weights_in_windows(query, key, value, bias, mask, heads, backend)
+
+    def _windows(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query, key and value of every window, (B n, heads, N, D), and what a shift lets each token see."""
+        B, H, W, C = input.shape
+        H, W = _as_constant(H), _as_constant(W)
+        (high, wide), (down, right) = self.window_size, _shift(self, H, W)
+        x = F.pad(input, (0, 0, 0, -W % wide, 0, -H % high)) if H % high or W % wide else input
+        mask = None
+        if down or right:
+            x = x.roll((-down, -right), (1, 2))
+            mask = shift_mask(x.shape[1:3], self.window_size, (down, right), x.device).repeat(B, 1, 1, 1)
+        rows, columns = x.shape[1] // high, x.shape[2] // wide
+        windows = x.reshape(B, rows, high, columns, wide, C).transpose(2, 3)
+        tokens = windows.reshape(B * rows * columns, high * wide, C)
+        qkv = F.linear(tokens, self.qkv.weight, self.qkv.bias).unflatten(2, (3, self.num_heads, -1))
+        return *qkv.permute(2, 0, 3, 1, 4).unbind(0), mask
 
     def explain(self, input) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of a call on `input`, for "forward" and "backward"."""
@@ -203,6 +223,15 @@ def attend_in_windows(
     settings = attention.Settings(query.shape[-1] ** -0.5, dropout_p=dropout_p)
     extras = attention.Extras(mask=mask, bias=bias, seed=attention.draw_seed(settings, query.device))
     return attention.attend(query, key, value, extras, settings, backend=backend)
+
+
+def weights_in_windows(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, heads: bool, backend: str
+) -> Tensor:
+    """The weights of `attend_in_windows` without dropout: (B n, heads, N, N), or the mean over heads."""
+    settings, extras = attention.Settings(query.shape[-1] ** -0.5), attention.Extras(mask=mask, bias=bias)
+    wish = "heads" if heads else "mean"
+    return attention.attend(query, key, value, extras, settings, return_weights=wish, backend=backend)[1]
 
 
 def explain_in_windows(

@@ -1,0 +1,224 @@
+// What attention's backward does to a row of products; see attention_backward.cpp.
+//
+//   p = 2^(x - lse),  ds = p (dp - delta)
+//
+// either in one step, with a delta that is known, or in two, between which delta is summed over the row.
+#pragma once
+
+#include "attention_probabilities.h"
+
+#define INLINED __attribute__((always_inline))
+
+namespace pyarch {
+
+// a b; nothing where a is, whatever b is.
+ALWAYS_INLINE Vec product_or_zero(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_NEQ_UQ), a, b);
+#else
+  return _mm256_and_ps(mul(a, b), _mm256_cmp_ps(a, zero(), _CMP_NEQ_UQ));
+#endif
+}
+
+// Where a thread keeps a strip's scores (KEY_PITCH a row), a chunk's, and what is known of each query.
+struct RowBuffers {
+  float *scores, *probability_grads, *slopes, *strip_score_grads;  // a strip's
+  float *probabilities, *score_grads;                              // the chunk's
+  const float *exponents, *deltas;                                 // the head's
+  float* kept;
+};
+
+template <class T>
+class RowGradients {
+  static constexpr int64_t E = Step<T>::ELEMENTS;
+
+ public:
+  explicit RowGradients(const AttentionBackward<T>& args)
+      : scores_(args.scores),
+        bias_grad_(args.bias_grad),
+        first_bias_grad_(args.first_bias_grad),
+        heads_(args.shape.heads),
+        rule_{args.scores},
+        dropout_(args.scores.dropout, args.scores.seed) {}
+
+  // Where a row's scores begin: which row of the strip's buffers, where in it, and where in the chunk's.
+  struct Place {
+    int64_t strip_row, strip_column, chunk_row, chunk_column;
+  };
+
+  // A query before keys, of which it sees those that a byte each says; null: all.
+  struct Row {
+    int64_t query;
+    Span keys;
+    Place place;
+    const uint8_t* visible;
+  };
+  // Where the row adds to gradients of biases, or null.
+  struct Gradients {
+    float *bias, *distance;
+  };
+  // Over a row: of p, and of p dp.
+  struct WeightedSums {
+    Vec weights = zero(), gradients = zero();
+  };
+  // A vector of a row: p, what dropout leaves of it, dp, and the slope of the soft cap.
+  struct Weighed {
+    Vec probability, dropped, grad, slope;
+  };
+
+  // Calls body(k, weighed) for the vectors of a row.
+  template <class Body>
+  ALWAYS_INLINE void weigh(const RowBuffers& own, int64_t batch, int64_t head, const Row& row,
+                           Body&& body) const {
+    const auto [query, keys, place, visible] = row;
+    const float* const scores = own.scores + first_of(row);
+    const float* const grads = own.probability_grads + first_of(row);
+    const bool plain = rule_.is_plain(), caps = scores_.softcap != 0, drops = dropout_.drops();
+    uint8_t* const kept = reinterpret_cast<uint8_t*>(own.kept);
+    if (drops) dropout_.keep(batch * heads_ + head, query, keys, kept);
+    const auto biases = rule_.biases(batch, head, query, keys.begin);
+    const Vec factor = broadcast(rule_.factor()), rescale = broadcast(dropout_.rescale());
+    const Vec shift = sub(zero(), broadcast(own.exponents[query]));
+    const int64_t columns = columns_of<T>(keys.size());
+    for (int64_t k = 0; k < columns; k += LANES) {
+      Vec x = load(scores + k), slope = zero();
+      if (plain) {
+        x = fma(x, factor, shift);
+      } else {
+        Vec tanh_of_it = zero();
+        if (caps) tanh_of_it = rule_.capped(x);
+        slope = fma(negative(tanh_of_it), tanh_of_it, broadcast(1.0f));
+        x = add(rule_.exponent(x, tanh_of_it, biases.at(k, keys.size())), shift);
+      }
+      Vec p = power_of_two(x), grad = load(grads + k);
+      if (visible) p = where(visible + k, p, zero());
+      Vec dropped = p;
+      if (drops) {
+        grad = where(kept + k, mul(grad, rescale), zero());
+        dropped = where(kept + k, mul(p, rescale), zero());
+      }
+      if (visible) {
+        grad = where(visible + k, grad, zero());
+        slope = where(visible + k, slope, zero());
+      }
+      body(k, Weighed{p, dropped, grad, slope});
+    }
+  }
+
+  // Where a row's results go, in registers: stores of vectors may change what memory holds.
+  struct Results {
+    float *probabilities, *score_grads;
+    bfloat16* strip_score_grads;
+    bool second;  // of a pair of rows
+    int64_t count;
+    Gradients gradients;
+    bool caps;
+  };
+  Results results_of(const RowBuffers& own, const Row& row, const Gradients& gradients) const {
+    const Place& place = row.place;
+    const int64_t first = place.chunk_row / E * KEY_PITCH + place.chunk_column;
+    auto* const strip = reinterpret_cast<bfloat16*>(own.strip_score_grads + place.strip_row * KEY_PITCH);
+    return {own.probabilities + first, own.score_grads + first, strip + place.strip_column,
+            place.chunk_row % E != 0,  row.keys.size(),         gradients,
+            scores_.softcap != 0};
+  }
+
+  // From a row's products its probabilities and the gradient of its scores.
+  ALWAYS_INLINE void differentiate_row(const RowBuffers& own, int64_t batch, int64_t head, const Row& row,
+                                       const Gradients& gradients) const {
+    const Results results = results_of(own, row, gradients);
+    const Vec delta = broadcast(own.deltas[row.query]);
+    weigh(own, batch, head, row, [&](int64_t k, const Weighed& weighed) INLINED {
+      store_across(results.probabilities + k, results.second, weighed.dropped);
+      keep_score_grad(results, k, product_or_zero(weighed.probability, sub(weighed.grad, delta)),
+                      weighed.slope);
+    });
+  }
+
+  // The same in steps: products become p and dp in their place, which sum to delta, and make the gradient.
+  ALWAYS_INLINE void weigh_row(const RowBuffers& own, int64_t batch, int64_t head, const Row& row,
+                               WeightedSums& sums) const {
+    const Results results = results_of(own, row, {});
+    float* const probabilities = own.scores + first_of(row);
+    float* const grads = own.probability_grads + first_of(row);
+    float* const slopes = own.slopes + first_of(row);
+    WeightedSums ours = sums;
+    weigh(own, batch, head, row, [&](int64_t k, const Weighed& weighed) INLINED {
+      store_across(results.probabilities + k, results.second, weighed.dropped);
+      store(probabilities + k, weighed.probability);
+      store(grads + k, weighed.grad);
+      if (results.caps) store(slopes + k, weighed.slope);
+      ours.weights = add(ours.weights, weighed.probability);
+      ours.gradients = fma(weighed.probability, weighed.grad, ours.gradients);
+    });
+    sums = ours;
+  }
+  // The mean, and the mean difference to it, which lacks the rounding of what all gradients have in common.
+  float delta_of(const RowBuffers& own, const Row& row, const WeightedSums& sums) const {
+    const float* const probabilities = own.scores + first_of(row);
+    const float* const grads = own.probability_grads + first_of(row);
+    const float weights = sum(sums.weights), products = sum(sums.gradients);
+    if (scores_.sinks || weights == 0) return products + own.deltas[row.query];
+    const float one_by = 1 / weights, mean = products * one_by;
+    Vec rest = zero();
+    for (int64_t k = 0; k < columns_of<T>(row.keys.size()); k += LANES)
+      rest = fma(load(probabilities + k), sub(load(grads + k), broadcast(mean)), rest);
+    return mean + sum(rest) * one_by + own.deltas[row.query];
+  }
+  void differentiate_weighed_row(const RowBuffers& own, const Row& row, float delta,
+                                 const Gradients& gradients) const {
+    const Results results = results_of(own, row, gradients);
+    const float* const probabilities = own.scores + first_of(row);
+    const float* const grads = own.probability_grads + first_of(row);
+    const float* const slopes = own.slopes + first_of(row);
+    for (int64_t k = 0; k < columns_of<T>(results.count); k += LANES)
+      keep_score_grad(results, k,
+                      product_or_zero(load(probabilities + k), sub(load(grads + k), broadcast(delta))),
+                      results.caps ? load(slopes + k) : zero());
+  }
+  static int64_t first_of(const Row& row) { return row.place.strip_row * KEY_PITCH + row.place.strip_column; }
+
+  ALWAYS_INLINE void keep_score_grad(const Results& results, int64_t k, Vec score_grad, Vec slope) const {
+    if (results.gradients.bias) add_to_bias(results.gradients.bias, k, results.count, score_grad);
+    if (float* const distance = results.gradients.distance) {
+      const Mask mask = first_lanes(std::max<int64_t>(0, results.count - k));
+      store(distance + k, add(load(distance + k, mask), score_grad), mask);
+    }
+    if (results.caps) score_grad = product_or_zero(slope, score_grad);
+    store_across(results.score_grads + k, results.second, score_grad);
+    if constexpr (E > 1) store(results.strip_score_grads + k, score_grad);
+  }
+
+  // A vector of a chunk's buffer, or one half of a vector of pairs of rows, of which the first comes first.
+  static ALWAYS_INLINE void store_across(float* at, [[maybe_unused]] bool second, Vec value) {
+#if defined(__AVX512BF16__)
+    if constexpr (E > 1) {
+      const __m512i half = _mm512_cvtepu16_epi32(narrow_bfloat16(value));
+      const __m512i pair =
+          second ? _mm512_or_si512(_mm512_castps_si512(load(at)), _mm512_slli_epi32(half, 16)) : half;
+      store(at, _mm512_castsi512_ps(pair));
+      return;
+    }
+#endif
+    store(at, value);
+  }
+
+  void add_to_bias(float* grads, int64_t k, int64_t count, Vec score_grad) const {
+    if (bias_grad_.key_stride == 0) {
+      *grads += sum(score_grad);
+    } else {
+      const Mask mask = first_lanes(std::max<int64_t>(0, count - k));
+      store(grads + k, first_bias_grad_ ? score_grad : add(load(grads + k, mask), score_grad), mask);
+    }
+  }
+
+ private:
+  const AttentionScores<T>& scores_;
+  const PerScore<float>& bias_grad_;
+  const bool first_bias_grad_;
+  const int64_t heads_;
+  const ScoreRule<T> rule_;
+  const Dropout dropout_;
+};
+
+}  // namespace pyarch
