@@ -7,7 +7,6 @@ IN_VENV := $(VENV)/bin/python
 EXTRAS := test,transformers
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 COMMIT ?= unknown
-RESULTS_OF_DEVICE = benchmarks/results/$$($(PYTHON) -m benchmarks device --device cuda)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu bench audit lint format docs clean
@@ -48,10 +47,7 @@ docs: $(VENV)/built  ## regenerate the tables of the README from committed resul
 gpu:  ## acceptance on a GPU: make gpu PYTHON=python3 COMMIT=<sha> [RESULTS=<folder>]
 	@$(PYTHON) -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else 1)' 2>/dev/null \
 	    || { echo "make gpu: $(PYTHON) has no torch that sees a GPU, name another with PYTHON=<interpreter>"; exit 1; }
-	$(PYTHON) -m pip install -e . --no-build-isolation --no-deps
-	$(PYTHON) -m pytest -m gpu -n auto
-	failed=0; for suite in conv recurrent attention; do $(PYTHON) -m benchmarks $$suite --quick --device cuda --commit $(COMMIT) \
-	    --json "$(or $(RESULTS),$(RESULTS_OF_DEVICE))/$$(date +%F)-$(COMMIT)-$$suite.json" || failed=1; done; exit $$failed
+	$(PYTHON) -m benchmarks.acceptance --commit $(COMMIT) $(if $(RESULTS),--results "$(RESULTS)")
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info pyarch/*.so $(VENV)/built

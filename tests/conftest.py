@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-pytest_plugins = ["tests.ledger", "tests.browser"]
+pytest_plugins = ["tests.ledger", "tests.browser", "tests.gpu_session"]
 
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 POISONED_DTYPES = {

@@ -1,0 +1,118 @@
+"""The acceptance on a GPU, rehearsed without one: its steps, their limits, and what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import acceptance
+from benchmarks.acceptance import Step
+
+
+def script(text: str, **settings) -> dict:
+    return dict(arguments=("-c", text), limit=20, **settings)
+
+
+def run(steps: list[Step], folder, *arguments: str, monkeypatch) -> tuple[int, list[dict]]:
+    monkeypatch.setattr(acceptance, "steps_of", lambda *_: steps)
+    code = acceptance.main(["--results", str(folder), *arguments])
+    return code, json.loads((folder / "acceptance.json").read_text())["steps"]
+
+
+def test_acceptance_goes_on_behind_what_fails(tmp_path, monkeypatch, capsys):
+    """A step that fails, one that hangs deaf to SIGTERM, one that passes."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    deaf += "print('deaf', flush=True); time.sleep(60)"
+    monkeypatch.setattr(acceptance, "GRACE", 1)
+    steps = [
+        Step("fails", **script("print('a wrong number'); raise SystemExit(3)")),
+        Step("hangs", ("-c", deaf), 3),
+        Step("passes", **script("print('fine')")),
+    ]
+    code, rows = run(steps, tmp_path, monkeypatch=monkeypatch)
+    assert code == 1
+    assert [row["outcome"] for row in rows] == ["failed", "out of time", "passed"]
+    assert rows[0]["tail"].strip().endswith("a wrong number") and "deaf" in rows[1]["tail"]
+    assert "fine" in (tmp_path / "log.txt").read_text() and "a wrong number" in capsys.readouterr().out
+
+
+def test_acceptance_passes_when_every_step_does(tmp_path, monkeypatch):
+    code, rows = run([Step("passes", **script("pass"))], tmp_path, monkeypatch=monkeypatch)
+    assert code == 0 and rows[0]["outcome"] == "passed"
+
+
+def test_acceptance_keeps_its_time(tmp_path, monkeypatch):
+    steps = [Step("slow", **script("import time; time.sleep(60)")), Step("late", **script("pass"))]
+    monkeypatch.setattr(acceptance, "RESERVE", 0)
+    code, rows = run(steps, tmp_path, "--limit", "2", monkeypatch=monkeypatch)
+    assert code == 1 and [row["outcome"] for row in rows] == ["out of time", "no time"]
+
+
+def test_acceptance_takes_steps_by_name(tmp_path, monkeypatch):
+    steps = [Step("one", **script("pass")), Step("other", **script("pass"))]
+    code, rows = run(steps, tmp_path, "--only", "other", monkeypatch=monkeypatch)
+    assert code == 0 and [row["step"] for row in rows] == ["other"]
+    with pytest.raises(SystemExit):
+        acceptance.main(["--results", str(tmp_path), "--only", "another"])
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        ("print('no CUDA GPU'); raise SystemExit(1)", "rehearsed"),
+        ("raise SystemExit(1)", "failed"),
+        ("pass", "failed"),
+    ],
+)
+def test_acceptance_rehearsal_wants_the_missing_gpu_named(text, outcome, tmp_path, monkeypatch):
+    _, rows = run([Step("step", **script(text))], tmp_path, "--rehearse", monkeypatch=monkeypatch)
+    assert rows[0]["outcome"] == outcome
+
+
+def test_acceptance_counts_what_steps_wrote(tmp_path):
+    (tmp_path / "tests.jsonl").write_text(
+        '{"outcome": "passed"}\n{"outcome": "failed"}\n{"outcome": "passed"}\n'
+    )
+    (tmp_path / "conv.json").write_text(json.dumps({"rows": [{"failure": "x"}, {"case": "y"}]}))
+    tools = {"memcheck": {"errors": 2, "failures": {"call": "why"}}}
+    (tmp_path / "sanitizer.json").write_text(json.dumps({"tools": tools}))
+
+    def counts(name):
+        return acceptance.counts_of(Step("step", (), 1, str(tmp_path / name)))
+
+    assert counts("tests.jsonl") == {"passed": 2, "failed": 1}
+    assert counts("conv.json") == {"rows": 2, "failures": 1}
+    assert counts("sanitizer.json") == {"memcheck": 3} and counts("absent.json") == {}
+
+
+def test_acceptance_writes_few_files_and_in_one_folder(tmp_path):
+    steps = acceptance.steps_of(tmp_path, "0123456789abcdef", tmp_path)
+    files = [step.file for step in steps if step.file] + ["acceptance.json", "log.txt"]
+    assert len(set(files)) == len(files) == 8
+    assert all(str(tmp_path) in file for file in files[:-2])
+    assert sum(step.limit for step in steps) < 600
+
+
+def test_acceptance_tests_are_all_that_need_a_gpu():
+    from benchmarks.acceptance import LARGE, PERSISTENT, ROOT, gpu_test_files
+
+    files = {*gpu_test_files(), PERSISTENT}
+    marked = {
+        f"tests/{path.name}"
+        for path in ROOT.glob("tests/test_*.py")
+        if "mark.gpu\n" in path.read_text() or "@on_gpu\n" in path.read_text()
+    }
+    assert LARGE in files and marked <= files
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_acceptance_rehearses_here(tmp_path, monkeypatch):
+    """Every step up to where it says that there is no GPU, the installation too."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert acceptance.main(["--results", str(tmp_path), "--rehearse", "--limit", "800"]) == 0
+    rows = json.loads((tmp_path / "acceptance.json").read_text())["steps"]
+    assert {row["outcome"] for row in rows} == {"rehearsed"}
+    by_name = {row["step"]: row for row in rows}
+    assert set(by_name["tests"]["counts"]) == {"skipped"} and by_name["tests"]["counts"]["skipped"] > 1000
