@@ -1,20 +1,24 @@
-"""The command line: python -m pyarch info | demo | check."""
+"""The command line: python -m pyarch info | demo | check | compare."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from pyarch import models
-from pyarch.check import DTYPES, SpecError, find_model, read_input
+from pyarch.check import DTYPES, SpecError, check, find_model, read_input
+from pyarch.comparison.command import add_compare, compared
 from pyarch.demo import demonstrate
 from pyarch.info import info
-from pyarch.verify import verify
 
 INTERRUPTED = 130
+# Layers whose attention maps a page holds, when it shows one model and when it shows several.
+MAPS_OF_ONE, MAPS_OF_MANY = 4, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,39 +44,49 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", default="real", choices=tuple(models.SIZES))
     demo.set_defaults(command=_demo)
 
-    check = commands.add_parser("check", help="swap, verify and time a model of your own")
-    check.add_argument(
-        "model", metavar="MODULE:FACTORY", help="a model, or a function or class that makes one"
-    )
-    check.add_argument(
+    own = commands.add_parser("check", help="swap, verify and time a model of your own")
+    own.add_argument("model", metavar="MODULE:FACTORY", help="a model, or a function or class that makes one")
+    own.add_argument(
         "--input",
         action="append",
         required=True,
         metavar="SHAPE",
         help="8,3,224,224 of normal numbers, or 2,16:int64:1000 of integers below 1000; once an argument",
     )
-    check.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
-    check.add_argument("--eval", action="store_true", help="in evaluation mode")
-    check.add_argument("--forward-only", action="store_true", help="no gradients")
-    check.set_defaults(command=_check)
+    own.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
+    own.add_argument("--eval", action="store_true", help="in evaluation mode")
+    own.add_argument("--forward-only", action="store_true", help="no gradients")
+    own.set_defaults(command=_check)
 
-    for command in (demo, check):
+    compare = add_compare(commands)
+    compare.set_defaults(command=_compare)
+
+    for command in (demo, own, compare):
         command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    for command in (facts, demo, check):
+        command.add_argument(
+            "--html",
+            metavar="FILE",
+            type=_new_file,
+            help="also write the result as a page to look at, which needs no network",
+        )
+    for command in (facts, demo, own, compare):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
 def _info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    _show(info(), options.json)
+    _print(info(), options.json)
     return 0
 
 
 def _demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     names = models.names() if options.model == "all" else (options.model,)
-    demo = demonstrate(names, _device(options.device, parser), options.size)
-    _show(demo, options.json)
-    return 0 if demo.ok else 1
+    maps = 0
+    if options.html:
+        maps = MAPS_OF_ONE if len(names) == 1 else MAPS_OF_MANY
+    device = _device(options.device, parser)
+    demo = demonstrate(names, device, options.size, layer_times=_closely(options), maps=maps)
+    return _shown(demo, options, parser)
 
 
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -87,9 +101,24 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.eval:
         model.eval()
     inputs = tuple(spec.draw(dtype, device) for spec in specs)
-    report = verify(model, inputs, backward=not options.forward_only)
-    _show(report, options.json)
-    return 0 if report.ok else 1
+    checked = check(
+        options.model,
+        model,
+        inputs,
+        backward=not options.forward_only,
+        layer_times=_closely(options),
+        maps=bool(options.html),
+    )
+    return _shown(checked, options, parser)
+
+
+def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    return _shown(compared(options, _device(options.device, parser)), options, parser)
+
+
+def _closely(options: argparse.Namespace) -> bool:
+    """Whether to time each layer by itself too, which takes a while and has no place in a table."""
+    return bool(options.html) or options.json
 
 
 def _device(name: str, parser: argparse.ArgumentParser) -> torch.device:
@@ -100,7 +129,31 @@ def _device(name: str, parser: argparse.ArgumentParser) -> torch.device:
     return torch.device(name)
 
 
-def _show(result, as_json: bool) -> None:
+def _new_file(text: str) -> Path:
+    """A file that can be written, or is at least in a place where that may be so."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, needs the name of a file")
+    # The folders between the two are made when the file is written.
+    place = next(each for each in path.absolute().parents if each.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: {place} is no folder that can be written to")
+    return path
+
+
+def _shown(result, options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Print what was verified, write its page, and return the exit status."""
+    _print(result, options.json)
+    if options.html:
+        try:
+            result.page().write(options.html)
+        except OSError as error:
+            parser.error(f"argument --html: {options.html}: {error.strerror or error}")
+        print(f"page: {options.html}", file=sys.stderr if options.json else sys.stdout)
+    return 0 if result.ok else 1
+
+
+def _print(result, as_json: bool) -> None:
     if as_json:
         print(result.to_json())
     else:

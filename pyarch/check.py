@@ -1,4 +1,4 @@
-"""The user's own model from the shell: MODULE:FACTORY and the shapes of its inputs, verified."""
+"""The user's own model from the shell: MODULE:FACTORY and the shapes of its inputs, verified and shown."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from pyarch.demo import machine_of
+from pyarch.maps_page import PageMaps, page_maps
+from pyarch.report import Table, as_json
+from pyarch.swap import swap
+from pyarch.swap_report import Record
+from pyarch.verify import verify
+from pyarch.verify_report import VerifyReport
+
+if TYPE_CHECKING:
+    from pyarch.page import Page
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX_DTYPE = "int64"
@@ -32,6 +44,71 @@ class InputSpec:
         if self.bound is not None:
             return torch.randint(self.bound, self.shape, device=device)
         return torch.randn(self.shape, device=device).to(dtype)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The user's model verified: what is printed, as a table, as JSON, as a page.
+
+    Args:
+        spec: what was asked for, MODULE:FACTORY.
+        proof: the verification.
+        skipped: what `swap` left alone.
+        machine: where it ran.
+        maps: attention weights, where they were asked for.
+    """
+
+    spec: str
+    proof: VerifyReport
+    skipped: tuple[Record, ...]
+    machine: dict[str, str]
+    maps: PageMaps
+
+    @property
+    def ok(self) -> bool:
+        return self.proof.ok
+
+    def table(self) -> Table:
+        return self.proof.table()
+
+    def to_json(self) -> str:
+        skipped = [asdict(record) for record in self.skipped]
+        return as_json({**self.proof.as_dict(), "machine": self.machine, "skipped": skipped})
+
+    def page(self) -> Page:
+        """The same as a page to look at, of a model whose layers were timed."""
+        from pyarch.page import Page
+        from pyarch.verify_page import facts, sections, summary
+
+        parts = [*sections(self.proof, self.skipped, self.maps), facts(self.machine, self.proof.ceilings)]
+        return Page(f"{self.spec}: torch and pyarch", summary(self.proof), parts)
+
+
+def check(
+    spec: str,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    backward: bool,
+    layer_times: bool = False,
+    maps: bool = False,
+) -> Checked:
+    """Verify a model, as `find_model` gives it, and keep what a page shows of it.
+
+    Args:
+        spec: its name, for the title.
+        model: it may be swapped already; with `maps` it is afterwards.
+        inputs: of its forward.
+        backward: also compare and time gradients.
+        layer_times: also time each swapped layer by itself.
+        maps: also keep attention weights.
+    """
+    proof = verify(model, inputs, backward=backward, layer_times=layer_times)
+    skipped = swap(model, dry_run=not maps, min_swaps=0).skipped
+    skipped = tuple(each for each in skipped if each.code != "already")
+    weights = page_maps(model, inputs) if maps else PageMaps()
+    device = next((each.device for each in (*model.parameters(), *inputs)), torch.device("cpu"))
+    return Checked(spec, proof, skipped, machine_of(device), weights)
 
 
 def read_input(text: str) -> InputSpec:

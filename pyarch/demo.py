@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from pyarch import hardware, models
+from pyarch.maps_page import PageMaps, page_maps
 from pyarch.nn.config import Config
 from pyarch.report import Table, as_json, milliseconds, times, with_progress
 from pyarch.swap import swap
+from pyarch.swap_report import Record
 from pyarch.verify import verify
 from pyarch.verify_report import Timing, VerifyReport
+
+if TYPE_CHECKING:
+    from pyarch.page import Page
 
 SCHEMA = "pyarch.demo/1"
 COLUMNS = (
@@ -31,12 +37,23 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Shown:
-    """One model of the demo: how many layers were swapped, the proof, whether rules stand for its masks."""
+    """One model of the demo.
+
+    Args:
+        model: its name.
+        layers: how many were swapped.
+        proof: that they compute what they did, and the times.
+        by_rules: whether rules stand for its masks.
+        skipped: what `swap` left alone.
+        maps: attention weights, where they were asked for.
+    """
 
     model: str
     layers: int
     proof: VerifyReport
     by_rules: bool = False
+    skipped: tuple[Record, ...] = ()
+    maps: PageMaps = field(default_factory=PageMaps)
 
     @property
     def backends(self) -> str:
@@ -89,21 +106,41 @@ class Demo:
 
     def to_json(self) -> str:
         rows = [
-            {"model": each.model, "layers": each.layers, "backends": each.backends, **each.proof.as_dict()}
+            {
+                "model": each.model,
+                "backends": each.backends,
+                **each.proof.as_dict(),
+                "skipped": [asdict(record) for record in each.skipped],
+            }
             for each in self.shown
         ]
         return as_json({"schema": SCHEMA, "ok": self.ok, "machine": self.machine, "models": rows})
 
+    def page(self) -> Page:
+        """The same as a page to look at, of models that were shown `closely`."""
+        from pyarch.demo_page import page_of
 
-def demonstrate(names: tuple[str, ...], device: torch.device, size: str) -> Demo:
+        return page_of(self)
+
+
+def demonstrate(
+    names: tuple[str, ...],
+    device: torch.device,
+    size: str,
+    *,
+    layer_times: bool = False,
+    maps: int = 0,
+) -> Demo:
     """Swap, verify and time the named models.
 
     Args:
         names: of `pyarch.models.names()`.
         device: where they run.
         size: "real" or "tiny".
+        layer_times: also time each swapped layer by itself.
+        maps: how many layers of attention, of at most twice as many heads, to keep the weights of.
     """
-    shown = tuple(_show(name, device, size) for name in with_progress(names))
+    shown = tuple(_show(name, device, size, layer_times, maps) for name in with_progress(names))
     return Demo(shown, machine_of(device))
 
 
@@ -119,7 +156,7 @@ def machine_of(device: torch.device) -> dict[str, str]:
     }
 
 
-def _show(name: str, device: torch.device, size: str) -> Shown:
+def _show(name: str, device: torch.device, size: str, layer_times: bool, maps: int) -> Shown:
     torch.manual_seed(0)
     plain = models.build(name, size).to(device)
     patterns = models.patterns(name, size)
@@ -127,11 +164,12 @@ def _show(name: str, device: torch.device, size: str) -> Shown:
     if patterns:
         torch.manual_seed(0)
         model = models.build(name, size, masked=False).to(device)
-    inputs = models.load(name).inputs(models.config(name, size), 0)
+    inputs = tuple(each.to(device) for each in models.load(name).inputs(models.config(name, size), 0))
     rules = {layers: Config(**stated) for layers, stated in patterns.items()}
     report = swap(model, rules=rules, sdpa=models.calls_sdpa(name))
-    proof = verify(model, tuple(tensor.to(device) for tensor in inputs), stock=plain if patterns else None)
-    return Shown(name, len(report.swapped), proof, bool(patterns))
+    proof = verify(model, inputs, stock=plain if patterns else None, layer_times=layer_times)
+    weights = page_maps(model, inputs, maps, 2 * maps) if maps else PageMaps()
+    return Shown(name, len(report.swapped), proof, bool(patterns), tuple(report.skipped), weights)
 
 
 def _timing_cells(timing: Timing) -> tuple[str, str, str]:

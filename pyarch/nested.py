@@ -56,7 +56,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], arguments: Arguments) -> A
             known[id(value)] = function(value)
         return known[id(value)]
 
-    return pytree.tree_map_only((Tensor, PackedSequence), replaced, arguments)
+    kinds = (Tensor, PackedSequence)
+    return pytree.tree_map_only(kinds, replaced, arguments, is_leaf=lambda value: isinstance(value, kinds))
 
 
 def floating_tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -27,7 +27,7 @@ class Observed:
 
     Args:
         calls: how often it ran.
-        arguments: of its first call, detached, or None.
+        arguments: of its first call, detached, asking for gradients where those did, or None.
         cast: device type, dtype and whether autocast was on in that call.
         forward, backward: names of the backends that ran it, in order of appearance.
         gradients_arrived: whether a gradient of its output came.
@@ -75,7 +75,7 @@ def observing(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Observed]]:
     def watch(layer: Observed) -> list:
         def enter(module, args, kwargs):
             if not layer.calls:
-                layer.arguments = map_tensors(Tensor.detach, (args, kwargs))
+                layer.arguments = map_tensors(_cut, (args, kwargs))
                 layer.cast = _autocast_state(layer.arguments)
             layer.calls += 1
             is_inside = not getattr(current, "backward", True)
@@ -113,6 +113,10 @@ def observing(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Observed]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _cut(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _autocast_state(arguments: Arguments) -> tuple[str, torch.dtype, bool]:

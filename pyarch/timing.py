@@ -18,26 +18,45 @@ FEWEST_ROUNDS = 4
 MOST_ROUNDS = 100
 
 
-def time_passes(stock: nn.Module, ours: nn.Module, arguments: Arguments, backward: bool) -> dict[str, Timing]:
-    """Median seconds of "forward" (no gradients) and, with `backward`, of "step" (forward and backward)."""
-    timing = {"forward": in_turns(lambda: _forward(stock, arguments), lambda: _forward(ours, arguments))}
+def time_passes(
+    stock: nn.Module,
+    ours: nn.Module,
+    arguments: Arguments,
+    backward: bool,
+    budget: float | None = None,
+) -> dict[str, Timing]:
+    """Median seconds of "forward" (no gradients) and, with `backward`, of "step" (forward and backward).
+
+    Args:
+        stock, ours: two models, or two layers; the gradients of their parameters are overwritten.
+        arguments: of both; the gradients of those that ask for one are overwritten.
+        backward: whether to time the step too.
+        budget: seconds for each of the two, `BUDGET_SECONDS` where None; a few rounds run in any case.
+    """
+    forwards = (lambda: _forward(stock, arguments)), (lambda: _forward(ours, arguments))
+    timing = {"forward": in_turns(*forwards, budget)}
     if backward:
         cotangents = Cotangents()
-        timing["step"] = in_turns(
-            lambda: _step(stock, arguments, cotangents), lambda: _step(ours, arguments, cotangents)
+        steps = (
+            (lambda: _step(stock, arguments, cotangents)),
+            (lambda: _step(ours, arguments, cotangents)),
         )
+        timing["step"] = in_turns(*steps, budget)
     return timing
 
 
-def in_turns(stock: Callable[[], None], ours: Callable[[], None]) -> Timing:
+def in_turns(stock: Callable[[], None], ours: Callable[[], None], budget: float | None = None) -> Timing:
     """Median seconds of two functions, run alternately and each first as often as the other."""
+    budget = BUDGET_SECONDS if budget is None else budget
     for _ in range(WARM_UPS):
         stock()
         ours()
     seconds: dict[Callable, list[float]] = {stock: [_seconds(stock)], ours: [_seconds(ours)]}
-    round_seconds = seconds[stock][0] + seconds[ours][0]
-    rounds = int(min(MOST_ROUNDS, max(FEWEST_ROUNDS, BUDGET_SECONDS / round_seconds)))
-    for turn in range(rounds):
+    deadline = time.perf_counter() + budget
+    for turn in range(MOST_ROUNDS):
+        # The clock decides, not a guess from the first round, which the machine may have disturbed.
+        if turn >= FEWEST_ROUNDS and time.perf_counter() >= deadline:
+            break
         for each in (stock, ours) if turn % 2 else (ours, stock):
             seconds[each].append(_seconds(each))
     return Timing(_median(seconds[stock]), _median(seconds[ours]))
@@ -57,11 +76,13 @@ def _seconds(function: Callable[[], None]) -> float:
 def _forward(model: nn.Module, arguments: Arguments) -> None:
     with torch.no_grad():
         model(*arguments[0], **arguments[1])
-    _finish()
+    finish()
 
 
 def _step(model: nn.Module, arguments: Arguments, cotangents: Cotangents) -> None:
     model.zero_grad(set_to_none=True)
+    for _, argument in floating_tensors(arguments, "input"):
+        argument.grad = None
     torch.clear_autocast_cache()
     with torch.enable_grad():
         outputs = dict(floating_tensors(model(*arguments[0], **arguments[1]), "output"))
@@ -69,10 +90,10 @@ def _step(model: nn.Module, arguments: Arguments, cotangents: Cotangents) -> Non
         if reached:
             grads = [cotangents.of(name, output) for name, output in reached.items()]
             torch.autograd.backward(list(reached.values()), grads)
-    _finish()
+    finish()
 
 
-def _finish() -> None:
-    """Wait for the GPU."""
+def finish() -> None:
+    """Wait for the GPU, where one is in use."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyarch import dispatch
+from pyarch.ceilings import measured_ceilings
 from pyarch.copies import (
     duplicate,
     jitter,
@@ -21,18 +23,29 @@ from pyarch.copies import (
 )
 from pyarch.explain import explain_plain_attention
 from pyarch.in_context import class_in_context, has_context
-from pyarch.nested import Arguments, as_arguments, in_dtype, positional
+from pyarch.layer_work import work_of
+from pyarch.nested import Arguments, as_arguments, floating_tensors, in_dtype, map_tensors, positional
 from pyarch.nn.drop_in import DropIn
 from pyarch.observation import PLAIN_ATTENTION, Observed, observing
 from pyarch.passes import Cotangents, EndToEnd, compare_end_to_end, compare_layer, run
 from pyarch.swap import SDPA_HINT, checked_model, swap
 from pyarch.timing import time_passes
-from pyarch.verify_report import Comparison, LayerResult, VerifyReport
+from pyarch.verify_report import Ceilings, Comparison, LayerResult, VerifyReport
 
 KERNELS = frozenset(dispatch.BACKENDS) - {"torch", "reference"}
 # Beyond this relative error of torch's own the comparison end to end says little.
 LOUD = 0.1
 MOST_PROBLEMS_LISTED = 10
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What a caller of `verify` asked for, under its names."""
+
+    backward: bool
+    reference_dtype: torch.dtype
+    timing: bool
+    layer_times: bool
 
 
 def verify(
@@ -43,6 +56,7 @@ def verify(
     backward: bool = True,
     reference_dtype: torch.dtype = torch.float64,
     timing: bool = True,
+    layer_times: bool = False,
 ) -> VerifyReport:
     """Prove outputs and gradients of a swapped model against float64, and time it beside the stock one.
 
@@ -60,6 +74,8 @@ def verify(
         backward: also compare the gradients of parameters and floating inputs.
         reference_dtype: of the reference; float32 on a device that has no float64.
         timing: also measure both models, in turns.
+        layer_times: also measure every swapped layer by itself, on the input it met, and what the device can
+            do at most; it takes about half a second a layer.
 
     Returns:
         VerifyReport. `report.ok` is False on an error beyond tolerance, when no layer ran a kernel of ours,
@@ -71,29 +87,19 @@ def verify(
     """
     arguments = as_arguments(inputs)
     with same_randomness():
-        return _proof(model, stock, arguments, backward, reference_dtype, timing)
+        return _proof(model, stock, arguments, _Wish(backward, reference_dtype, timing, layer_times))
 
 
-def _proof(
-    model: nn.Module,
-    stock: nn.Module | None,
-    arguments: Arguments,
-    backward: bool,
-    reference_dtype: torch.dtype,
-    timing: bool,
-) -> VerifyReport:
+def _proof(model: nn.Module, stock: nn.Module | None, arguments: Arguments, wish: _Wish) -> VerifyReport:
     ours, notes, problems = _prepared(model)
     layers = swapped_layers(ours)
     stock = make_stock(duplicate(ours if stock is None else checked_model(stock)))
     silence_dropout(stock)
-    end_to_end, observed = _end_to_end(ours, stock, arguments, backward, reference_dtype)
-    results = tuple(
-        _layer_result(name, layer, observed[name], backward, reference_dtype)
-        for name, layer in layers.items()
-    )
+    end_to_end, observed = _end_to_end(ours, stock, arguments, wish)
+    results = tuple(_layer_result(name, layer, observed[name], wish) for name, layer in layers.items())
     if has_context(ours):
-        results += (_plain_result(observed[PLAIN_ATTENTION], backward, reference_dtype),)
-    problems += _problems(results, end_to_end, backward)
+        results += (_plain_result(observed[PLAIN_ATTENTION], wish),)
+    problems += _problems(results, end_to_end, wish.backward)
     if results and not _ran_a_kernel(results):
         problems.append(f"no layer ran a kernel of ours: {_why_not(layers, observed)}")
     notes += _notes(results, end_to_end)
@@ -102,9 +108,10 @@ def _proof(
         results,
         tuple(end_to_end.outputs),
         tuple(end_to_end.gradients),
-        time_passes(stock, ours, arguments, backward) if timing else {},
+        time_passes(stock, ours, map_tensors(_own, arguments), wish.backward) if wish.timing else {},
         tuple(problems),
         tuple(notes),
+        _ceilings(model, arguments) if wish.layer_times else None,
     )
 
 
@@ -133,30 +140,29 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
 
 
 def _end_to_end(
-    ours: nn.Module, stock: nn.Module, arguments: Arguments, backward: bool, reference_dtype: torch.dtype
+    ours: nn.Module, stock: nn.Module, arguments: Arguments, wish: _Wish
 ) -> tuple[EndToEnd, dict[str, Observed]]:
     """Run the whole model in each variant, on copies of `stock`, and compare."""
     cotangents = Cotangents()
     # torch's own run comes first: the cotangents are rounded to its dtype.
-    stocks = [run(duplicate(stock), arguments, cotangents, backward)]
-    stocks.append(run(jitter(duplicate(stock)), arguments, cotangents, backward))
-    reference_model = make_dtype(duplicate(stock), reference_dtype)
+    stocks = [run(duplicate(stock), arguments, cotangents, wish.backward)]
+    stocks.append(run(jitter(duplicate(stock)), arguments, cotangents, wish.backward))
+    dtype = wish.reference_dtype
+    reference_model = make_dtype(duplicate(stock), dtype)
     try:
-        reference = run(reference_model, arguments, cotangents, backward, in_dtype(reference_dtype))
+        reference = run(reference_model, arguments, cotangents, wish.backward, in_dtype(dtype))
     except (RuntimeError, TypeError, ValueError) as error:
-        error.add_note(f"raised by the copy of the model in {reference_dtype}, which verify compares with")
+        error.add_note(f"raised by the copy of the model in {dtype}, which verify compares with")
         raise
     with observing(swapped_layers(ours)) as observed:
-        mine = run(ours, arguments, cotangents, backward)
+        mine = run(ours, arguments, cotangents, wish.backward)
     return compare_end_to_end(mine, stocks, reference), observed
 
 
-def _layer_result(
-    name: str, layer: DropIn, observed: Observed, backward: bool, reference_dtype: torch.dtype
-) -> LayerResult:
+def _layer_result(name: str, layer: DropIn, observed: Observed, wish: _Wish) -> LayerResult:
     """The layer by itself on its first input: swapped, stock and reference, from its present state."""
     stock = make_stock_layer(duplicate(layer))
-    return _alone(name, type(layer).__name__, layer, stock, observed, backward, reference_dtype)
+    return _alone(name, type(layer).__name__, layer, stock, observed, wish)
 
 
 class _PlainAttention(nn.Module):
@@ -166,11 +172,11 @@ class _PlainAttention(nn.Module):
         return F.scaled_dot_product_attention(*args, **kwargs)
 
 
-def _plain_result(observed: Observed, backward: bool, reference_dtype: torch.dtype) -> LayerResult:
+def _plain_result(observed: Observed, wish: _Wish) -> LayerResult:
     """The same of the first plain call of attention."""
     ours = class_in_context(_PlainAttention)()
     named = PLAIN_ATTENTION, "function"
-    return _alone(*named, ours, _PlainAttention(), observed, backward, reference_dtype)
+    return _alone(*named, ours, _PlainAttention(), observed, wish)
 
 
 def _alone(
@@ -179,18 +185,21 @@ def _alone(
     layer: nn.Module,
     stock_layer: nn.Module,
     observed: Observed,
-    backward: bool,
-    reference_dtype: torch.dtype,
+    wish: _Wish,
 ) -> LayerResult:
     outputs: list[Comparison] = []
     gradients: list[Comparison] = []
+    work = None
     if observed.arguments is not None:
         cotangents = Cotangents()
         with observed.autocast():
-            stock = run(duplicate(stock_layer), observed.arguments, cotangents, backward)
-            mine = run(duplicate(layer), observed.arguments, cotangents, backward)
-            exact = make_dtype(duplicate(stock_layer), reference_dtype)
-            reference = run(exact, observed.arguments, cotangents, backward, in_dtype(reference_dtype))
+            stock = run(duplicate(stock_layer), observed.arguments, cotangents, wish.backward)
+            mine = run(duplicate(layer), observed.arguments, cotangents, wish.backward)
+            exact = make_dtype(duplicate(stock_layer), wish.reference_dtype)
+            cast = in_dtype(wish.reference_dtype)
+            reference = run(exact, observed.arguments, cotangents, wish.backward, cast)
+            if wish.layer_times:
+                work = work_of(layer, stock_layer, observed.arguments, wish.backward)
         outputs, gradients = compare_layer(mine, stock, reference)
     return LayerResult(
         name,
@@ -200,7 +209,13 @@ def _alone(
         observed.backward_backend,
         tuple(outputs),
         tuple(gradients),
+        work,
     )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy for runs that write into gradients of inputs, and perhaps into inputs."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 # -------------------------------------------------------------------------------- the judgement
@@ -258,5 +273,17 @@ def _why_not(layers: dict[str, DropIn], observed: dict[str, Observed]) -> str:
 
 
 def _dtype_name(model: nn.Module) -> str:
-    floating = (each.dtype for each in model.parameters() if each.is_floating_point())
-    return str(next(floating, "no parameters")).removeprefix("torch.")
+    first = _first_parameter(model)
+    return "no parameters" if first is None else str(first.dtype).removeprefix("torch.")
+
+
+def _ceilings(model: nn.Module, arguments: Arguments) -> Ceilings:
+    """Of the model's device in its dtype; of its first input's where it has no parameters."""
+    first = _first_parameter(model)
+    if first is None:
+        first = next((tensor for _, tensor in floating_tensors(arguments, "input")), torch.empty(0))
+    return measured_ceilings(first.device, first.dtype)
+
+
+def _first_parameter(model: nn.Module) -> nn.Parameter | None:
+    return next((each for each in model.parameters() if each.is_floating_point()), None)

@@ -43,27 +43,6 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """One swapped layer.
-
-    Args:
-        name, kind: its name and class.
-        calls: how often the model ran it.
-        forward, backward: the backends used, "-" where a pass never came.
-        outputs, gradients: the layer by itself on the input it met in the model, with random dense
-            cotangents.
-    """
-
-    name: str
-    kind: str
-    calls: int
-    forward: str
-    backward: str
-    outputs: tuple[Comparison, ...] = ()
-    gradients: tuple[Comparison, ...] = ()
-
-
-@dataclass(frozen=True)
 class Timing:
     """Median seconds of one pass, stock and swapped measured in turns."""
 
@@ -73,6 +52,86 @@ class Timing:
     @property
     def speedup(self) -> float:
         return self.stock / self.swapped
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call of a layer costs, by itself on the input it met first in the model.
+
+    Args:
+        inputs: shapes and dtypes, "2x197x768 float32".
+        flop: operations of the convolutions and matrix products in the forward of torch's own layer, two a
+            multiplication with its addition; masked pairs count. None where they cannot be counted.
+        bytes: of inputs, parameters and outputs, each once: the least that a forward moves.
+        timing: "forward" and, with a backward, "step", stock and swapped.
+    """
+
+    inputs: str
+    flop: int | None
+    bytes: int
+    timing: dict[str, Timing]
+
+    @property
+    def intensity(self) -> float | None:
+        """FLOP per byte of the forward."""
+        return self.flop / self.bytes if self.flop and self.bytes else None
+
+    def rate(self, seconds: float) -> float | None:
+        """GFLOP/s of a forward that takes `seconds`."""
+        return self.flop / seconds / 1e9 if self.flop else None
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One swapped layer.
+
+    Args:
+        name, kind: its name and class.
+        calls: how often the model ran it.
+        forward, backward: the backends used, "-" where a pass never came.
+        outputs, gradients: the layer by itself on the input it met in the model, with random dense
+            cotangents.
+        work: what a call costs, where layers were timed and this one was called.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    forward: str
+    backward: str
+    outputs: tuple[Comparison, ...] = ()
+    gradients: tuple[Comparison, ...] = ()
+    work: Work | None = None
+
+    @property
+    def worst(self) -> Comparison | None:
+        """The comparison nearest to, or farthest beyond, its tolerance."""
+        return worst_of((*self.outputs, *self.gradients))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The most that memory and arithmetic of a device gave.
+
+    Args:
+        copy_gb_per_s: bytes read and written by a large copy.
+        matmul_gflop_per_s: of the faster of two square matrix products, in `dtype`, two operations a
+            multiplication with its addition.
+        dtype: of the product.
+    """
+
+    copy_gb_per_s: float
+    matmul_gflop_per_s: float
+    dtype: str
+
+    @property
+    def ridge(self) -> float:
+        """The FLOP per byte from which on arithmetic is the bound and memory is not."""
+        return self.matmul_gflop_per_s / self.copy_gb_per_s
+
+    def at(self, intensity: float) -> float:
+        """The GFLOP/s that work of so many FLOP per byte can reach at most."""
+        return min(self.matmul_gflop_per_s, self.copy_gb_per_s * intensity)
 
 
 @dataclass(frozen=True)
@@ -86,6 +145,7 @@ class VerifyReport:
         timing: "forward" and, with a backward, "step" (forward and backward); empty where nothing was timed.
         problems: why `ok` is False.
         notes: what was done to make the runs comparable.
+        ceilings: of the device in the model's dtype, measured where layers were timed.
     """
 
     dtype: str
@@ -95,6 +155,7 @@ class VerifyReport:
     timing: dict[str, Timing] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    ceilings: Ceilings | None = None
 
     @property
     def ok(self) -> bool:

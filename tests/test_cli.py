@@ -23,9 +23,12 @@ OPERATOR = "cli"
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Timing that takes no time."""
+    """Timing and ceilings that take no time."""
     monkeypatch.setattr("pyarch.timing.BUDGET_SECONDS", 0.0)
     monkeypatch.setattr("pyarch.timing.FEWEST_ROUNDS", 1)
+    monkeypatch.setattr("pyarch.layer_work.BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr("pyarch.ceilings.COPY_BYTES", 1 << 20)
+    monkeypatch.setattr("pyarch.ceilings.PRODUCT_SIZES", {"cpu": (64,)})
 
 
 @pytest.fixture
@@ -96,10 +99,12 @@ def test_cli_info_as_a_table(capsys):
 
 
 @pytest.mark.operator("conv", "cpu")
-def test_cli_demo_of_every_model(capsys, fast, needs_cpu_kernels):
+def test_cli_demo_of_every_model(capsys, fast, needs_cpu_kernels, tmp_path):
+    page = tmp_path / "page.html"
     # What `auto` leaves to torch depends on the machine, and may be all of a model as small as these.
     with pyarch.backend("cpu"):
-        assert cli.main(["demo", "--size", "tiny", "--device", "cpu", "--json"]) == 0
+        options = ["--size", "tiny", "--device", "cpu", "--json", "--html", str(page)]
+        assert cli.main(["demo", *options]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert [each["model"] for each in document["models"]] == list(models.names())
@@ -109,7 +114,13 @@ def test_cli_demo_of_every_model(capsys, fast, needs_cpu_kernels):
         # A frozen teacher has no backward.
         assert {layer["backward"] for layer in each["layers"]} - {"-"} == {"cpu"}, each["model"]
         assert set(each["timing"]) == {"forward", "step"}
+        for layer in each["layers"]:
+            assert layer["work"]["flop"], (each["model"], layer["name"])
+            # A frozen layer's step is its forward.
+            assert all(0 < side for passed in layer["work"]["timing"].values() for side in passed.values())
     assert captured.err.splitlines()[0] == f"[1/{len(models.names())}] {models.names()[0]}"
+    html = page.read_text()
+    assert len(html) < 3e6 and all(f"{name}: The swapped layers" in html for name in models.names())
 
 
 def test_cli_demo_fails_when_no_kernel_of_ours_runs(capsys, fast):
@@ -135,7 +146,7 @@ def test_cli_demo_without_a_gpu_says_so(capsys, monkeypatch):
 
 
 def test_cli_interrupt_ends_with_130(capsys, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "demonstrate", interrupted)
