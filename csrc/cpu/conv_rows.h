@@ -5,7 +5,8 @@
 
 namespace pyarch {
 
-bool rows_in_place(const ConvShape& shape);
+bool forward_reads_rows_in_place(const ConvShape& shape);
+bool backward_reads_rows_in_place(const ConvShape& shape);
 template <class T>
 void forward_rows_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const ParallelFor& parallel);
 template <class T>

@@ -1,6 +1,6 @@
-// Small depthwise kernels on planes in (N, C, H, W) order with zero padding, reading the planes themselves: 3x3 in strips
-// of columns that walk down a plane, few taps along the width alone in one sweep of a row; see conv_strip.h. A task is a
-// band of one plane. Backward takes the input's gradient, then the weight's, from a band that is in the cache.
+// Small depthwise kernels on planes in (N, C, H, W) order with zero padding, reading the planes themselves: square ones in
+// strips of columns that walk down a plane, few taps along the width alone in one sweep of a row; see conv_strip.h. A
+// task is a band of one plane. Backward takes the input's gradient, then the weight's, from a band that is in the cache.
 #include "conv_rows.h"
 
 #include <algorithm>
@@ -12,21 +12,20 @@
 namespace pyarch {
 namespace {
 
-constexpr int64_t MOST_TAPS = 9;
-constexpr int64_t BAND_BYTES = 16 * 1024;  // of targets: with its sources a band stays in a first-level cache
-constexpr int64_t LEAST_ROWS = 14;         // a band shares the rows at its ends with its neighbours
-constexpr int64_t LEAST_COLUMNS = 512;
+constexpr int64_t MOST_TAPS = LARGEST_CORRELATED * LARGEST_CORRELATED;
+// Bands: their targets and sources stay in a first-level cache, their ends, shared with neighbours, are a small part.
+constexpr int64_t BAND_BYTES = 16 * 1024, LEAST_ROWS = 14, LEAST_COLUMNS = 512;
 constexpr int64_t TASKS = 32;  // enough for threads to share
-constexpr int64_t STREAMED_BYTES =
-    24 * 1024 * 1024;  // larger targets leave the caches before anyone reads them
+// Larger targets leave the caches before anyone reads them.
+constexpr int64_t STREAMED_BYTES = 24 * 1024 * 1024;
 
 // One direction: targets of one plane read sources of one plane.
 struct Planes {
-  int stride;
+  int taps, stride;                                        // of each of height and width
   int64_t sources[2], targets[2], before[2], dilation[2];  // height, width
 
   std::vector<Strip> strips(bool exact) const {
-    return StripPlan{3, stride, dilation[1], before[1], sources[1]}.strips(targets[1], exact);
+    return StripPlan{taps, stride, dilation[1], before[1], sources[1]}.strips(targets[1], exact);
   }
 
   // Calls visit(walk, offset of its first source, offset of its first target) for the rows of a band: neighbours that
@@ -45,7 +44,8 @@ struct Planes {
 };
 
 Planes outputs_of(const ConvShape& shape) {
-  return {int(shape.stride[1]),
+  return {int(shape.kernel[1]),
+          int(shape.stride[1]),
           {shape.in[1], shape.in[2]},
           {shape.out[1], shape.out[2]},
           {shape.before[1], shape.before[2]},
@@ -54,10 +54,12 @@ Planes outputs_of(const ConvShape& shape) {
 
 // At stride 1 the inputs' gradients are a convolution of grad_output with the turned kernel.
 Planes inputs_of(const ConvShape& shape) {
-  return {1,
+  return {int(shape.kernel[1]),
+          1,
           {shape.out[1], shape.out[2]},
           {shape.in[1], shape.in[2]},
-          {2 * shape.dilation[1] - shape.before[1], 2 * shape.dilation[2] - shape.before[2]},
+          {(shape.kernel[1] - 1) * shape.dilation[1] - shape.before[1],
+           (shape.kernel[2] - 1) * shape.dilation[2] - shape.before[2]},
           {shape.dilation[1], shape.dilation[2]}};
 }
 
@@ -144,8 +146,8 @@ void forward_planes(const ConvShape& shape, const ForwardArgs<T>& args, const Pa
                 [&](const T* input, T* output, int64_t band, const float* weights, float bias) {
                   planes.walks(band_of(shape.out[1], band, bands),
                                [&](const Walk& walk, int64_t source, int64_t target) {
-                                 correlate_strips(planes.stride, walk, strips, input + source, weights, bias,
-                                                  output + target);
+                                 correlate_strips(planes.taps, planes.stride, walk, strips, input + source,
+                                                  weights, bias, output + target);
                                });
                 });
 }
@@ -164,14 +166,16 @@ void backward_planes(const ConvShape& shape, const BackwardArgs<T>& args, const 
         const Span rows = band_of(shape.in[1], band, bands);
         if (spreads) return spread_strips(pairs, rows, pair_strips, grad_output, weights, grad_input);
         inputs.walks(rows, [&](const Walk& walk, int64_t source, int64_t target) {
-          correlate_strips(1, walk, input_strips, grad_output + source, weights, 0.0f, grad_input + target);
+          correlate_strips(inputs.taps, 1, walk, input_strips, grad_output + source, weights, 0.0f,
+                           grad_input + target);
         });
       },
       [&](const T* grad_output, const T* input, int64_t band, float* sums) {
-        outputs.walks(
-            band_of(shape.out[1], band, bands), [&](const Walk& walk, int64_t source, int64_t target) {
-              reduce_strips(outputs.stride, walk, output_strips, input + source, grad_output + target, sums);
-            });
+        outputs.walks(band_of(shape.out[1], band, bands),
+                      [&](const Walk& walk, int64_t source, int64_t target) {
+                        reduce_strips(outputs.taps, outputs.stride, walk, output_strips, input + source,
+                                      grad_output + target, sums);
+                      });
       });
 }
 
@@ -224,20 +228,24 @@ bool is_line(const ConvShape& shape) {
   return is_flat(shape, 1) && has_line_kernel(shape.kernel[2]) && shape.stride[2] == 1;
 }
 
-bool is_small_plane(const ConvShape& shape) {
+bool is_small_plane(const ConvShape& shape, int largest) {
   const auto both = [](const int64_t (&each)[3], int64_t value) {
     return each[1] == value && each[2] == value;
   };
-  return both(shape.kernel, 3) &&
-         (both(shape.stride, 1) || (both(shape.stride, 2) && both(shape.dilation, 1)));
+  if (both(shape.stride, 2)) return both(shape.kernel, 3) && both(shape.dilation, 1);
+  const bool known = both(shape.kernel, 3) || both(shape.kernel, 5) || both(shape.kernel, 7);
+  return both(shape.stride, 1) && known && shape.kernel[2] <= largest;
+}
+
+bool reads_in_place(const ConvShape& shape, int largest) {
+  return shape.mode == PaddingMode::zeros && shape.multiplier == 1 && is_flat(shape, 0) &&
+         (is_line(shape) || is_small_plane(shape, largest));
 }
 
 }  // namespace
 
-bool rows_in_place(const ConvShape& shape) {
-  return shape.mode == PaddingMode::zeros && shape.multiplier == 1 && is_flat(shape, 0) &&
-         (is_line(shape) || is_small_plane(shape));
-}
+bool forward_reads_rows_in_place(const ConvShape& shape) { return reads_in_place(shape, LARGEST_CORRELATED); }
+bool backward_reads_rows_in_place(const ConvShape& shape) { return reads_in_place(shape, LARGEST_REDUCED); }
 
 template <class T>
 void forward_rows_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const ParallelFor& parallel) {

@@ -8,15 +8,13 @@
 namespace pyarch {
 namespace {
 
-constexpr int K = 3;
-
 // A row's loads: one a tap, or, to split two vectors into even and odd columns, two for every two taps.
 constexpr int loads_of(int taps, int stride) { return stride == 1 ? taps : (taps + 1) / 2 * 2; }
 constexpr int64_t load_offset(int load, int stride, int64_t tap_step) {
   return stride == 1 ? load * tap_step : load / 2 * 2 + load % 2 * LANES;
 }
 
-template <int S, bool INSIDE, class T>
+template <int K, int S, bool INSIDE, class T>
 ALWAYS_INLINE void load_taps(const T* row, int64_t tap_step, const Strip& strip, Vec (&taps)[K]) {
   const auto loaded = [&](auto i) __attribute__((always_inline)) {
     const T* const place = row + load_offset(i, S, tap_step);
@@ -38,56 +36,56 @@ ALWAYS_INLINE void load_taps(const T* row, int64_t tap_step, const Strip& strip,
 }
 
 // How many targets one source row touches at most, and after how many source rows the registers' roles repeat.
-constexpr int live(int stride) { return (K + stride - 1) / stride; }
-constexpr int cycle(int stride) { return live(stride) * stride; }
+constexpr int live(int taps, int stride) { return (taps + stride - 1) / stride; }
+constexpr int cycle(int taps, int stride) { return live(taps, stride) * stride; }
 
 // The register of the target whose tap `kh` reads source row `phase`; -1 where none does.
-constexpr int slot(int phase, int kh, int stride) {
-  const int shifted = phase - kh + cycle(stride);
-  return shifted % stride ? -1 : shifted / stride % live(stride);
+constexpr int slot(int phase, int kh, int taps, int stride) {
+  const int shifted = phase - kh + cycle(taps, stride);
+  return shifted % stride ? -1 : shifted / stride % live(taps, stride);
 }
 
 // Calls visit(phase, checked) for source rows 0, 1, 2 ... of a walk, a cycle at a time. Unchecked ones are real, and all
 // targets that would read them exist.
-template <int S, class Visit>
+template <int K, int S, class Visit>
 ALWAYS_INLINE void walk_rows(const Walk& walk, Visit&& visit) {
   const int64_t rows = (walk.targets - 1) * S + K;
   const int64_t first = std::max<int64_t>(K - 1, walk.real.begin),
                 last = std::min((walk.targets - 1) * S + 1, walk.real.end);
-  for (int64_t row = 0; row < rows; row += cycle(S)) {
-    if (row >= first && row + cycle(S) <= last)
-      unrolled<cycle(S)>(
+  for (int64_t row = 0; row < rows; row += cycle(K, S)) {
+    if (row >= first && row + cycle(K, S) <= last)
+      unrolled<cycle(K, S)>(
           [&](auto phase) __attribute__((always_inline)) { visit(phase, row + phase, std::false_type{}); });
     else
-      unrolled<cycle(S)>([&](auto phase) __attribute__((always_inline)) {
+      unrolled<cycle(K, S)>([&](auto phase) __attribute__((always_inline)) {
         if (row + phase < rows) visit(phase, row + phase, std::true_type{});
       });
   }
 }
 
-template <int S, bool INSIDE, class T>
+template <int K, int S, bool INSIDE, class T>
 __attribute__((noinline)) void correlate_strip(const Walk& walk, const Strip& strip, const T* source,
                                                const float* weights, float bias, T* out) {
-  Vec held[K][K], sums[live(S)];
+  Vec held[K][K], sums[live(K, S)];
   unrolled<K * K>([&](auto i) {
     held[i / K][i % K] = broadcast(weights[i]);
     IN_REGISTER(held[i / K][i % K]);
   });
-  unrolled<live(S)>([&](auto i) { sums[i] = zero(); });
+  unrolled<live(K, S)>([&](auto i) { sums[i] = zero(); });
   const Vec start = broadcast(bias);
-  walk_rows<S>(walk, [&](auto phase, int64_t row, auto checked) __attribute__((always_inline)) {
-    if constexpr (phase % S == 0) sums[slot(phase, 0, S)] = start;
+  walk_rows<K, S>(walk, [&](auto phase, int64_t row, auto checked) __attribute__((always_inline)) {
+    if constexpr (phase % S == 0) sums[slot(phase, 0, K, S)] = start;
     if (!checked || (row >= walk.real.begin && row < walk.real.end)) {
       __builtin_prefetch(source + walk.fetch_source);
       Vec taps[K];
-      load_taps<S, INSIDE>(source, walk.tap_step, strip, taps);
+      load_taps<K, S, INSIDE>(source, walk.tap_step, strip, taps);
       unrolled<K * K>([&](auto i) __attribute__((always_inline)) {
-        constexpr int to = slot(phase, i % K, S);
+        constexpr int to = slot(phase, i % K, K, S);
         if constexpr (to >= 0) sums[to] = fma(held[i % K][i / K], taps[i / K], sums[to]);
       });
     }
     source += walk.source_step;
-    constexpr int done = slot(phase, K - 1, S);
+    constexpr int done = slot(phase, K - 1, K, S);
     if constexpr (done >= 0) {
       if (!checked || row >= K - 1) {
         __builtin_prefetch(out + walk.fetch_target, 1);
@@ -102,13 +100,13 @@ __attribute__((noinline)) void correlate_strip(const Walk& walk, const Strip& st
 }
 
 // A strip's sums start at zero: adding strip by strip keeps float32's error near the square root of a running sum's.
-template <int S, bool INSIDE, class T>
+template <int K, int S, bool INSIDE, class T>
 __attribute__((noinline)) void reduce_strip(const Walk& walk, const Strip& strip, const T* source,
                                             const T* grad_out, float* to) {
-  Vec sums[K][K], grads[live(S)], total = zero();
+  Vec sums[K][K], grads[live(K, S)], total = zero();
   unrolled<K * K>([&](auto i) { sums[i / K][i % K] = zero(); });
-  unrolled<live(S)>([&](auto i) { grads[i] = zero(); });
-  walk_rows<S>(walk, [&](auto phase, int64_t row, auto checked) __attribute__((always_inline)) {
+  unrolled<live(K, S)>([&](auto i) { grads[i] = zero(); });
+  walk_rows<K, S>(walk, [&](auto phase, int64_t row, auto checked) __attribute__((always_inline)) {
     if constexpr (phase % S == 0) {
       if (!checked || row < walk.targets * S) {
         Vec grad;
@@ -117,16 +115,16 @@ __attribute__((noinline)) void reduce_strip(const Walk& walk, const Strip& strip
         else
           grad = load(grad_out, strip.lanes);
         IN_REGISTER(grad);
-        grads[slot(phase, 0, S)] = grad;
+        grads[slot(phase, 0, K, S)] = grad;
         total = add(total, grad);
         grad_out += walk.target_step;
       }
     }
     if (!checked || (row >= walk.real.begin && row < walk.real.end)) {
       Vec taps[K];
-      load_taps<S, INSIDE>(source, walk.tap_step, strip, taps);
+      load_taps<K, S, INSIDE>(source, walk.tap_step, strip, taps);
       unrolled<K>([&](auto kh) __attribute__((always_inline)) {
-        constexpr int from = slot(phase, kh, S);
+        constexpr int from = slot(phase, kh, K, S);
         if constexpr (from >= 0) {
           if (!checked || (row >= kh && row - kh <= (walk.targets - 1) * S))
             unrolled<K>([&](auto kw) { sums[kh][kw] = fma(grads[from], taps[kw], sums[kh][kw]); });
@@ -139,12 +137,15 @@ __attribute__((noinline)) void reduce_strip(const Walk& walk, const Strip& strip
   store(to + K * K * LANES, add(load(to + K * K * LANES), total));
 }
 
-template <class Visit>
-void with_stride(int stride, Visit&& visit) {
-  if (stride == 1)
-    visit(std::integral_constant<int, 1>{});
-  else
-    visit(std::integral_constant<int, 2>{});
+// Calls visit(taps, stride) with both as constants.
+template <int LARGEST, class Visit>
+void with_kernel(int taps, int stride, Visit&& visit) {
+  constexpr std::integral_constant<int, 3> three;
+  if (stride == 2) return visit(three, std::integral_constant<int, 2>{});
+  constexpr std::integral_constant<int, 1> every;
+  if (taps == 3) return visit(three, every);
+  if (taps == 5) return visit(std::integral_constant<int, 5>{}, every);
+  if constexpr (LARGEST >= 7) visit(std::integral_constant<int, 7>{}, every);
 }
 
 }  // namespace
@@ -172,31 +173,31 @@ std::vector<Strip> StripPlan::strips(int64_t targets, bool exact) const {
 }
 
 template <class T>
-void correlate_strips(int stride, const Walk& walk, const std::vector<Strip>& strips, const T* source,
-                      const float* weights, float bias, T* out) {
-  with_stride(stride, [&](auto S) {
+void correlate_strips(int taps, int stride, const Walk& walk, const std::vector<Strip>& strips,
+                      const T* source, const float* weights, float bias, T* out) {
+  with_kernel<LARGEST_CORRELATED>(taps, stride, [&](auto K, auto S) {
     for (const Strip& strip : strips)
-      (strip.inside ? correlate_strip<S, true, T>
-                    : correlate_strip<S, false, T>)(walk, strip, source + strip.column * S, weights, bias,
-                                                    out + strip.column);
+      (strip.inside ? correlate_strip<K, S, true, T>
+                    : correlate_strip<K, S, false, T>)(walk, strip, source + strip.column * S, weights, bias,
+                                                       out + strip.column);
   });
 }
 
 template <class T>
-void reduce_strips(int stride, const Walk& walk, const std::vector<Strip>& strips, const T* source,
+void reduce_strips(int taps, int stride, const Walk& walk, const std::vector<Strip>& strips, const T* source,
                    const T* grad_out, float* sums) {
-  with_stride(stride, [&](auto S) {
+  with_kernel<LARGEST_REDUCED>(taps, stride, [&](auto K, auto S) {
     for (const Strip& strip : strips)
-      (strip.inside ? reduce_strip<S, true, T> : reduce_strip<S, false, T>)(walk, strip,
-                                                                            source + strip.column * S,
-                                                                            grad_out + strip.column, sums);
+      (strip.inside ? reduce_strip<K, S, true, T>
+                    : reduce_strip<K, S, false, T>)(walk, strip, source + strip.column * S,
+                                                    grad_out + strip.column, sums);
   });
 }
 
-#define INSTANTIATE(T)                                                                                       \
-  template void correlate_strips(int, const Walk&, const std::vector<Strip>&, const T*, const float*, float, \
-                                 T*);                                                                        \
-  template void reduce_strips(int, const Walk&, const std::vector<Strip>&, const T*, const T*, float*);
+#define INSTANTIATE(T)                                                                                     \
+  template void correlate_strips(int, int, const Walk&, const std::vector<Strip>&, const T*, const float*, \
+                                 float, T*);                                                               \
+  template void reduce_strips(int, int, const Walk&, const std::vector<Strip>&, const T*, const T*, float*);
 INSTANTIATE(float)
 INSTANTIATE(bfloat16)
 INSTANTIATE(float16)

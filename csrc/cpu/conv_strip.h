@@ -80,13 +80,15 @@ struct StripPlan {
   std::vector<Strip> strips(int64_t targets, bool exact) const;
 };
 
-// A 3x3 kernel of stride 1 or 2. `source` and `out` are those of the plane's first column and the walk's first row;
-// `sums` has LANES floats a tap and LANES of grad_out's own sum.
+// Square kernels: 3x3 of stride 1 or 2, 5x5 and 7x7 of stride 1. `source` and `out` are those of the plane's first column
+// and the walk's first row; `sums` has LANES floats a tap and LANES of grad_out's own sum.
+constexpr int LARGEST_CORRELATED = 7;
+constexpr int LARGEST_REDUCED = 5;  // beyond, the sums of all taps leave the registers
 template <class T>
-void correlate_strips(int stride, const Walk& walk, const std::vector<Strip>& strips, const T* source,
-                      const float* weights, float bias, T* out);
+void correlate_strips(int taps, int stride, const Walk& walk, const std::vector<Strip>& strips,
+                      const T* source, const float* weights, float bias, T* out);
 template <class T>
-void reduce_strips(int stride, const Walk& walk, const std::vector<Strip>& strips, const T* source,
+void reduce_strips(int taps, int stride, const Walk& walk, const std::vector<Strip>& strips, const T* source,
                    const T* grad_out, float* sums);
 
 // The input's gradient at stride 2: each grad_output is spread over the inputs it read. With u = h + before, v likewise,
