@@ -23,6 +23,7 @@ constexpr int64_t STREAMED_BYTES = 24 * 1024 * 1024;
 struct Planes {
   int taps, stride;                                        // of each of height and width
   int64_t sources[2], targets[2], before[2], dilation[2];  // height, width
+  int64_t next;                                            // how many planes on the next one lies
 
   std::vector<Strip> strips(bool exact) const {
     return StripPlan{taps, stride, dilation[1], before[1], sources[1]}.strips(targets[1], exact);
@@ -37,34 +38,36 @@ struct Planes {
       const int64_t target = rows.begin + residue, source = target * stride - before[0];
       const Span real = {std::max<int64_t>(ceil_div(-source, step), 0), ceil_div(sources[0] - source, step)};
       visit(Walk{ceil_div(rows.size() - residue, step), real, step * sources[1], step * targets[1],
-                 dilation[1], sources[0] * sources[1], targets[0] * targets[1]},
+                 dilation[1], next * sources[0] * sources[1], next * targets[0] * targets[1]},
             source * sources[1] - before[1], target * targets[1]);
     }
   }
 };
 
-Planes outputs_of(const ConvShape& shape) {
+Planes outputs_of(const ConvShape& shape, int64_t next) {
   return {int(shape.kernel[1]),
           int(shape.stride[1]),
           {shape.in[1], shape.in[2]},
           {shape.out[1], shape.out[2]},
           {shape.before[1], shape.before[2]},
-          {shape.dilation[1], shape.dilation[2]}};
+          {shape.dilation[1], shape.dilation[2]},
+          next};
 }
 
 // At stride 1 the inputs' gradients are a convolution of grad_output with the turned kernel.
-Planes inputs_of(const ConvShape& shape) {
+Planes inputs_of(const ConvShape& shape, int64_t next) {
   return {int(shape.kernel[1]),
           1,
           {shape.out[1], shape.out[2]},
           {shape.in[1], shape.in[2]},
           {(shape.kernel[1] - 1) * shape.dilation[1] - shape.before[1],
            (shape.kernel[2] - 1) * shape.dilation[2] - shape.before[2]},
-          {shape.dilation[1], shape.dilation[2]}};
+          {shape.dilation[1], shape.dilation[2]},
+          next};
 }
 
-SpreadPlan pairs_of(const ConvShape& shape) {
-  return {{shape.before[1], shape.before[2]}, {shape.out[1], shape.out[2]}, {shape.in[1], shape.in[2]}};
+SpreadPlan pairs_of(const ConvShape& shape, int64_t next) {
+  return {{shape.before[1], shape.before[2]}, {shape.out[1], shape.out[2]}, {shape.in[1], shape.in[2]}, next};
 }
 
 // Planes are cut along H, rows without height along W.
@@ -139,7 +142,7 @@ void backward_bands(const ConvShape& shape, const BackwardArgs<T>& args, int64_t
 
 template <class T>
 void forward_planes(const ConvShape& shape, const ForwardArgs<T>& args, const ParallelFor& parallel) {
-  const Planes planes = outputs_of(shape);
+  const Planes planes = outputs_of(shape, 1);
   const std::vector<Strip> strips = planes.strips(false);
   const int64_t bands = band_count(shape, shape.out[1], shape.out[2], LEAST_ROWS);
   forward_bands(shape, args, bands, parallel,
@@ -155,8 +158,9 @@ void forward_planes(const ConvShape& shape, const ForwardArgs<T>& args, const Pa
 template <class T>
 void backward_planes(const ConvShape& shape, const BackwardArgs<T>& args, const ParallelFor& parallel) {
   const bool spreads = shape.stride[1] == 2;
-  const Planes inputs = inputs_of(shape), outputs = outputs_of(shape);
-  const SpreadPlan pairs = pairs_of(shape);
+  const int64_t next = shape.batch > 1 ? shape.channels : 1;  // a channel's images follow one another
+  const Planes inputs = inputs_of(shape, next), outputs = outputs_of(shape, next);
+  const SpreadPlan pairs = pairs_of(shape, next);
   const std::vector<Strip> input_strips = inputs.strips(false), output_strips = outputs.strips(true);
   const std::vector<SpreadStrip> pair_strips = pairs.strips();
   const int64_t bands = band_count(shape, std::min(shape.in[1], shape.out[1]), shape.in[2], LEAST_ROWS);

@@ -37,7 +37,7 @@ __attribute__((noinline)) void spread_strip(const SpreadPlan& plan, Span rows, c
     here = before = zero();
     if (pair < 0 || pair >= sources) return;
     const T* const place = grad_out + pair * width + strip.pair;
-    __builtin_prefetch(place + sources * width);
+    __builtin_prefetch(place + plan.next * sources * width);
     if constexpr (INSIDE) {
       here = load(place), before = load(place - 1);
     } else {

@@ -121,6 +121,7 @@ __attribute__((noinline)) void reduce_strip(const Walk& walk, const Strip& strip
       }
     }
     if (!checked || (row >= walk.real.begin && row < walk.real.end)) {
+      __builtin_prefetch(source + walk.fetch_source);
       Vec taps[K];
       load_taps<K, S, INSIDE>(source, walk.tap_step, strip, taps);
       unrolled<K>([&](auto kh) __attribute__((always_inline)) {

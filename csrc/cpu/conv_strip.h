@@ -102,6 +102,7 @@ struct SpreadStrip {
 
 struct SpreadPlan {
   int64_t before[2], sources[2], targets[2];  // height, width; sources are grad_outputs, targets are inputs
+  int64_t next;                               // how many planes on the next one lies
   std::vector<SpreadStrip> strips() const;
 };
 
