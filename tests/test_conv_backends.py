@@ -26,6 +26,7 @@ from tests.conv_cases import (
     contiguous,
     every_kernels,
     in_double,
+    misaligned,
     native_kernels,
     refusals,
     sliced,
@@ -168,6 +169,37 @@ def test_conv_backends_nan_of_the_gradient_reaches_its_readers_only(backend, cas
     assert torch.equal(grad_weight.flatten(1).isnan().any(1), own) and torch.equal(grad_bias.isnan(), own)
 
 
+CORNERS = {
+    "k4": Case((1, 2, 40), (4,), padding=3),
+    "k3 dilation 5": Case((1, 2, 9), (3,), padding=7, dilation=5),
+    "3x3": Case((1, 2, 7, 33), (3, 3), padding=1),
+    "3x3 without padding": Case((1, 2, 30, 17), (3, 3)),
+    "3x3 dilation 2": Case((1, 2, 9, 18), (3, 3), padding=2, dilation=2),
+    "3x3 stride 2": Case((1, 2, 9, 36), (3, 3), stride=2, padding=1),
+    "5x5": Case((1, 2, 33, 18), (5, 5), padding=2),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("place", [(0, 0), (0, -1), (-1, 0), (-1, -1)], ids=str)
+@pytest.mark.parametrize("case", CORNERS.values(), ids=CORNERS)
+@native_kernels
+def test_conv_backends_nan_in_a_corner_reaches_the_taps_that_read_it(
+    backend, case, place, dtype, monkeypatch
+):
+    """Kernels that read the planes themselves meet it beside lanes that are masked off."""
+    backend.serve(monkeypatch)
+    input, weight, bias, grad = case.tensors(dtype)
+    index = (0, 1, *place[-len(case.kernel) :])
+    input[index] = float("nan")
+    output, grad_input, grad_weight, _ = backend.both(case, input, weight, bias, grad)
+    assert torch.equal(output.isnan(), reads(case, index)) and not grad_input.isnan().any()
+    alone = torch.zeros(case.input, dtype=torch.float64)
+    alone[index] = 1
+    taps = in_double(case, (alone, weight, bias, torch.ones_like(grad)))[2] > 0
+    assert taps.any() and torch.equal(grad_weight.isnan(), taps)
+
+
 # ------------------------------------------------------------------------------------ sizes
 
 
@@ -191,8 +223,12 @@ def test_conv_backends_more_planes_than_65535(backend, layout, dtype, monkeypatc
         Case((1, 96, 57, 56), (7, 7), padding=3),
         Case((1, 96, 56, 57), (7, 7), padding=3, layout=channels_last),
         Case((1, 2, 24, 40, 40), (3, 3, 3), padding=1),
+        Case((1, 2, 20001), (4,), padding=(3, 0)),
+        Case((1, 2, 90, 150), (3, 3), padding=1),
+        Case((1, 2, 91, 75), (3, 3), 2, 1),
+        Case((1, 2, 90, 75), (3, 3), 1, 2, 2),
     ],
-    ids=["long row", "31x31", "31x31 NHWC", "7x7", "7x7 NHWC", "3-D"],
+    ids="long row|31x31|31x31 NHWC|7x7|7x7 NHWC|3-D|k4|3x3|3x3 stride 2|3x3 dilation 2".split("|"),
 )
 @native_kernels
 def test_conv_backends_problems_of_several_parts(backend, case, monkeypatch):
@@ -267,6 +303,45 @@ def drawn_cases(draw):
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(case=drawn_cases(), seed=st.integers(0, 2**16))
 def test_conv_backends_drawn(backend, dtype, case, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        backend.serve(patch)
+        torch.manual_seed(seed)
+        tensors = case.tensors(dtype)
+        assume(any(t.any() for t in in_double(case, tensors)[1:] if t is not None))
+        check_all(case, tensors, backend.both(case, *tensors))
+
+
+@st.composite
+def drawn_in_place(draw):
+    """Small kernels, whose planes are read where they are: every border, vectors and tails of all widths."""
+    if draw(st.booleans()):
+        sizes, kernel, stride = (draw(st.integers(1, 70)),), (draw(st.integers(2, 4)),), 1
+    else:
+        kernel = (draw(st.sampled_from([3, 3, 5, 7])),) * 2
+        sizes = (draw(st.integers(1, 33)), draw(st.integers(1, 40)))
+        stride = draw(st.sampled_from([1, 2])) if kernel == (3, 3) else 1
+    dilation = tuple(draw(st.integers(1, 3)) if stride == 1 else 1 for _ in sizes)
+    padding = [draw(st.integers(0, 9)) for _ in sizes for _ in range(2)]
+    for i, size in enumerate(sizes):
+        missing = dilation[i] * (kernel[i] - 1) + 1 - size - padding[2 * i] - padding[2 * i + 1]
+        padding[2 * i + 1] += max(0, missing)
+    return Case(
+        (draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3, 17])), *sizes),
+        kernel,
+        stride,
+        tuple(padding),
+        dilation,
+        layout=draw(st.sampled_from([contiguous, misaligned, sliced])),
+        grad_layout=draw(st.sampled_from([contiguous, misaligned, sliced])),
+        bias=draw(st.booleans()),
+    )
+
+
+@each_dtype
+@native_kernels
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(case=drawn_in_place(), seed=st.integers(0, 2**16))
+def test_conv_backends_drawn_small_kernels(backend, dtype, case, seed):
     with pytest.MonkeyPatch.context() as patch:
         backend.serve(patch)
         torch.manual_seed(seed)

@@ -3,6 +3,8 @@
 // A box of a plane is copied once to float scratch, padding and 16-bit widening done on the way and rows split by the
 // stride's phases, so that every tap of every tile is one vector load at a fixed offset. Backward loads a box of input
 // and one of grad_output and takes all gradients from the two.
+#include "conv_rows.h"
+
 #include <cstring>
 
 #include "conv_sweep.h"
@@ -310,6 +312,7 @@ void input_gradient(const ConvShape& shape, const InputPlan& plan, const InputPa
 
 template <class T>
 void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const ParallelFor& parallel) {
+  if (forward_reads_rows_in_place(shape)) return forward_rows_in_place(shape, args, parallel);
   int64_t parts_of[3];
   choose_parts(shape, 1, parts_of);
   const OutputPlan plan(shape, parts_of);
@@ -343,6 +346,7 @@ void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const
 
 template <class T>
 void conv_backward_rows(const ConvShape& shape, const BackwardArgs<T>& args, const ParallelFor& parallel) {
+  if (backward_reads_rows_in_place(shape)) return backward_rows_in_place(shape, args, parallel);
   int64_t parts_of[3] = {1, 1, 1};
   if (shape.mode == PaddingMode::zeros) choose_parts(shape, 2 + shape.multiplier, parts_of);
   const OutputPlan plan(shape, parts_of);

@@ -105,12 +105,13 @@ ALWAYS_INLINE void store(float16* p, Vec v, Mask mask) {
 }
 
 // Elements 0, 2, 4 ... and 1, 3, 5 ... of 2 * LANES floats, and back.
-ALWAYS_INLINE void deinterleave(const float* p, float* even, float* odd) {
-  const Vec a = load(p), b = load(p + LANES);
+ALWAYS_INLINE Vec even_elements(Vec a, Vec b) {
   const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-  store(even, _mm512_permutex2var_ps(a, evens, b));
-  store(odd, _mm512_permutex2var_ps(a, odds, b));
+  return _mm512_permutex2var_ps(a, evens, b);
+}
+ALWAYS_INLINE Vec odd_elements(Vec a, Vec b) {
+  const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return _mm512_permutex2var_ps(a, odds, b);
 }
 ALWAYS_INLINE void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -241,13 +242,14 @@ ALWAYS_INLINE void store(Half* p, Vec v, Mask mask) {
   for (int i = 0; i < mask.count; ++i) p[i] = block[i];
 }
 
-ALWAYS_INLINE void deinterleave(const float* p, float* even, float* odd) {
-  const Vec a = load(p), b = load(p + LANES);
-  const auto sorted = [](Vec v) {
-    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), _MM_SHUFFLE(3, 1, 2, 0)));
-  };
-  store(even, sorted(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0))));
-  store(odd, sorted(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1))));
+ALWAYS_INLINE Vec ascending_pairs(Vec v) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), _MM_SHUFFLE(3, 1, 2, 0)));
+}
+ALWAYS_INLINE Vec even_elements(Vec a, Vec b) {
+  return ascending_pairs(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));
+}
+ALWAYS_INLINE Vec odd_elements(Vec a, Vec b) {
+  return ascending_pairs(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
 }
 ALWAYS_INLINE void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
   const Vec a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
@@ -274,6 +276,12 @@ ALWAYS_INLINE void transpose(Vec (&rows)[LANES]) {
 }
 
 #endif
+
+ALWAYS_INLINE void deinterleave(const float* p, float* even, float* odd) {
+  const Vec a = load(p), b = load(p + LANES);
+  store(even, even_elements(a, b));
+  store(odd, odd_elements(a, b));
+}
 
 // The sum of each of LANES vectors, in the lane of its number.
 ALWAYS_INLINE Vec sum_each(Vec (&rows)[LANES]) {
