@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 COMMIT ?= unknown
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu bench audit lint format docs clean
+.PHONY: help demo test gpu bench plots audit lint format docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -21,14 +21,15 @@ test: $(VENV)/built  ## everything that needs no GPU, the Triton kernels by inte
 	TRITON_INTERPRET=1 $(IN_VENV) -m pytest -n auto --dist worksteal --durations=15 tests/test_*_triton.py
 	$(IN_VENV) -m pytest -n auto --dist worksteal --durations=15 --ignore-glob='*_triton.py'
 
+plots: $(VENV)/installed  ## draw docs/plots from committed results
+	$(IN_VENV) -m benchmarks plots
+
 audit: $(VENV)/built  ## compile every Triton kernel for every target and check what the compiler made
 	$(IN_VENV) -m benchmarks audit
 	$(IN_VENV) -m pytest -m audit
 
 bench: $(VENV)/built  ## measure every operator beside the stock one
-	$(IN_VENV) -m benchmarks conv
-	$(IN_VENV) -m benchmarks recurrent
-	$(IN_VENV) -m benchmarks attention
+	$(IN_VENV) -m benchmarks all
 
 lint: $(VENV)/installed  ## formatting and static checks
 	$(IN_VENV) -m ruff check .

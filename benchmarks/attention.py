@@ -1,9 +1,8 @@
-"""Attention measured: how a case is built, its products beside torch.mm's rate, and its memory."""
+"""Attention measured: how a case is built, and its products beside torch.mm's rate."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,6 +22,9 @@ from benchmarks.attention_cases import (
     OPERATOR,
     PIECE,
     PIECES,
+    SHORTEST,
+    STOCK,
+    SWIN,
     UNMASKED,
     WEIGHTS,
     AttentionCase,
@@ -39,15 +41,13 @@ from benchmarks.attention_modules import (
     Stock,
     Unpadded,
 )
-from benchmarks.benchmark import DTYPES, Benchmark
-from benchmarks.copy_speed import CopySpeed
+from benchmarks.benchmark import DTYPES, Benchmark, Call
 from benchmarks.cuda import trial_medians
-from benchmarks.matmul_speed import MatmulSpeed
-from benchmarks.peak_memory import peak_bytes
-from benchmarks.suites import Absent
+from benchmarks.suites import Absent, reason_of
 from benchmarks.twins import Twins, call_of
 
-MIB = 1 << 20
+# Tokens of the least work, where two are too few: a Swin's window of two by two, unequal lengths.
+SMALLEST = {SWIN: 4, LENGTHS: SHORTEST}
 
 
 def opponent(case: AttentionCase, device: str) -> nn.Module:
@@ -77,8 +77,7 @@ def present_opponent(case: AttentionCase, device: str, inputs: tuple[Tensor, ...
         with torch.no_grad():
             module(*inputs)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise Absent(f"{case.against}: {type(error).__name__}: {reason}") from error
+        raise Absent(f"{case.against}: {reason_of(error)}") from error
     return module
 
 
@@ -143,39 +142,38 @@ def build(case: AttentionCase, device: str) -> Twins:
     return module_twins(case, device) if case.form in MODULES else operator_twins(case, device)
 
 
-class AttentionBenchmark(Benchmark):
-    """Rows with the rate of the products over visible pairs, its share of torch.mm's, and the memory."""
+def two_tokens(case: AttentionCase) -> AttentionCase:
+    """The same kind of call with next to no work: one sequence of a few tokens, against torch's operator."""
+    grouped = {} if case.kv_heads is None else {"kv_heads": 1}
+    few = replace(
+        case,
+        batch=1,
+        heads=case.heads // case.kv_head_count,
+        queries=SMALLEST.get(case.form, min(case.queries, 2)),
+        head_dim=8,
+        keys=None if case.keys is None else 2,
+        value_dim=None if case.value_dim is None else 4,
+        against=STOCK,
+        goals={},
+    )
+    return replace(few, **grouped)
 
-    def __init__(self, device: str, budget_seconds: float, versus: str = "eager") -> None:
-        super().__init__(device, budget_seconds, versus)
-        self.matmul = MatmulSpeed(device, self.timer)
-        self.copy_speed = CopySpeed(device, self.timer)
+
+class AttentionBenchmark(Benchmark):
+    """Rows with the rate of the products over visible pairs as a share of torch.mm's."""
 
     def build(self, case: AttentionCase) -> Twins:
         return build(case, self.device)
 
-    def ceilings(self) -> dict:
-        return {f"matmul_{name}_gflop_per_s": self.matmul.of(DTYPES[name]) for name in ("fp32", "bf16")}
+    def tiny(self, case: AttentionCase) -> AttentionCase:
+        return two_tokens(case)
 
-    def row(self, case: AttentionCase, pass_name: str, twins: Twins, errors: dict, backends: dict) -> dict:
-        row = super().row(case, pass_name, twins, errors, backends)
-        return row | {"peak_mib": self.peaks(pass_name, twins)}
-
-    def peaks(self, pass_name: str, twins: Twins) -> dict[str, float]:
-        """The most MiB that a call of each side allocates."""
-        with torch.set_grad_enabled(pass_name != "fwd"):
-            calls = {side: call_of(pass_name, twins, getattr(twins, side)) for side in ("stock", "ours")}
-            return {side: peak_bytes(call, self.device) / MIB for side, call in calls.items()}
-
-    def figures(self, case: AttentionCase, pass_name: str, ours_ms: float) -> dict:
-        gflop_per_s = case.products(pass_name) / (ours_ms * 1e-3) / 1e9
-        figures = {
-            "gflop_per_s": gflop_per_s,
-            "matmul_share": gflop_per_s / self.matmul.of(self.ceiling(case)),
-        }
+    def figures(
+        self, case: AttentionCase, pass_name: str, ours_ms: float, attained: dict[str, float]
+    ) -> dict:
+        figures = {"matmul_share": attained["gflop_per_s"] / self.product_rate(case)}
         if case.queries == 1:
-            gb_per_s = case.minimum_bytes / (ours_ms * 1e-3) / 1e9
-            figures["copy_share"] = gb_per_s / self.copy_speed.beyond_cache()
+            figures["copy_share"] = attained["gb_per_s"] / self.copy_speed.beyond_cache()
         if case.against == UNMASKED:
             figures["opponent_share"] = 1.0
         if case.against == PIECES:
@@ -183,24 +181,15 @@ class AttentionBenchmark(Benchmark):
             figures["opponent_share"] = pieces / case.visible_pairs
         return figures
 
-    def ceiling(self, case: AttentionCase) -> torch.dtype:
-        """The dtype whose products bound the case: on a CPU, fp16 is computed in fp32."""
-        return DTYPES["fp32" if (self.device, case.dtype) == ("cpu", "fp16") else case.dtype]
-
-    def stock_call(self, pass_name: str, twins: Twins) -> tuple[Callable[[], object], str]:
-        """torch's operator on its fastest kernel on a GPU, where the case names none.
-
-        Of what stands on the stock side, only torch's operator and modules are ever compiled.
-        """
-        if isinstance(twins.stock, (Flex, Ours, InPieces)):
-            return call_of(pass_name, twins, twins.stock), "auto"
+    def stock_call(self, pass_name: str, twins: Twins) -> tuple[Call, str]:
+        """torch's operator on its fastest kernel on a GPU, where the case names none."""
         call, kernel = super().stock_call(pass_name, twins)
-        if not isinstance(twins.stock, Stock) or self.versus != "eager":
+        if not isinstance(twins.stock, Stock):
             return call, kernel
         if self.device != "cuda" or twins.stock.kernel:
             return call, twins.stock.kernel or kernel
 
-        def under(kernel: str) -> Callable[[], object]:
+        def under(kernel: str) -> Call:
             stock = copy.copy(twins.stock)
             stock.kernel = kernel
             return call_of(pass_name, twins, stock)

@@ -3,170 +3,198 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
 
+from benchmarks.beside import Beside, prepared
+from benchmarks.check import Check, checked, exact_results
+from benchmarks.copy_speed import CopySpeed
 from benchmarks.goals import is_met
-from benchmarks.measure import Pairs, Timer, cpu_timer, paired_times, spread, summary
-from benchmarks.twins import Results, Twins, call_of, results
-from pyarch import dispatch, tolerance
+from benchmarks.matmul_speed import MatmulSpeed
+from benchmarks.measure import Rounds, Timer, cpu_timer, paired_times, spread, summary
+from benchmarks.peak_memory import peak_bytes
+from benchmarks.roofline import minimum_bytes, rates, roofline
+from benchmarks.twins import Twins, call_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = {"fwd": ("forward",), "bwd": ("backward",), "fwd+bwd": ("forward", "backward")}
-# Stock is plainly wrong where its error passes this share of the largest exact value.
-BROKEN_SHARE = 0.5
+MIB = 1 << 20
+# Samples of a call with next to no work, each of several calls.
+LAUNCH_SAMPLES = 15
+LAUNCH_CALLS = 10
+# Of a row's time on a GPU, what the replays of both sides get on top.
+GRAPH_SHARE = 0.25
 
-
-class WrongResult(ArithmeticError):
-    """Ours is further from float64 than the tolerance rule allows."""
+Call = Callable[[], object]
 
 
 class Benchmark(ABC):
-    """What every suite measures alike; a suite says how a case is built and what bounds its speed."""
+    """What every suite measures alike; a suite says how a case is built and what bounds its speed.
 
-    def __init__(self, device: str, budget_seconds: float, versus: str = "eager") -> None:
+    A case has `name`, `dtype`, `goals` and `products(pass_name)`, the operations of its products.
+    """
+
+    def __init__(self, device: str, budget_seconds: float, peers: Sequence[str] = ()) -> None:
         self.device = device
         self.budget_seconds = budget_seconds
-        self.versus = versus
+        self.peers = peers
         self.timer: Timer = cpu_timer
         if device == "cuda":
             from benchmarks.cuda import EventTimer
 
             self.timer = EventTimer()
+        self.copy_speed = CopySpeed(device, self.timer)
+        self.matmul = MatmulSpeed(device, self.timer)
+        self.launches: dict[tuple[str, str], float | None] = {}
 
     @abstractmethod
     def build(self, case) -> Twins:
         """Both modules, the inputs and the cotangent of a case, from a fixed seed."""
 
     @abstractmethod
-    def ceilings(self) -> dict:
-        """What this machine reaches at best, measured in this run; part of the environment."""
+    def tiny(self, case):
+        """The same kind of call with next to no work, so that its time is Python's and of starting it."""
 
     @abstractmethod
-    def figures(self, case, pass_name: str, ours_ms: float) -> dict:
-        """What the suite adds to a row."""
+    def figures(self, case, pass_name: str, ours_ms: float, attained: dict[str, float]) -> dict:
+        """What the suite adds to a row, of its time and of the rates `attained` (benchmarks.roofline)."""
 
-    def rows(self, case, passes: list[str]) -> list[dict]:
-        """One row a pass."""
+    def ceilings(self) -> dict[str, float]:
+        """What this machine reaches at best, measured in this run; part of the environment."""
+        rates_of_products = {
+            f"matmul_{name}_gflop_per_s": self.matmul.of(DTYPES[name]) for name in ("fp32", "bf16")
+        }
+        return {"copy_gb_per_s": self.copy_speed.beyond_cache()} | rates_of_products
+
+    def product_rate(self, case) -> float:
+        """GFLOP/s of torch.mm in the dtype that bounds the case: on a CPU, fp16 is computed in fp32."""
+        return self.matmul.of(DTYPES["fp32" if (self.device, case.dtype) == ("cpu", "fp16") else case.dtype])
+
+    def rows(self, case, passes: list[str]) -> Iterator[dict]:
+        """One row a pass. Raises WrongResult before anything is timed."""
         twins = self.build(case)
         wants_gradients = {pass_name: pass_name != "fwd" for pass_name in passes}
         exact = exact_results(twins, any(wants_gradients.values()))
-        found = {each: errors_and_backends(twins, exact, each) for each in set(wants_gradients.values())}
-        return [self.row(case, name, twins, *found[wants_gradients[name]]) for name in passes]
+        checks = {each: checked(twins, exact, each) for each in sorted(set(wants_gradients.values()))}
+        for name in passes:
+            yield self.row(case, name, twins, checks[wants_gradients[name]])
 
-    def row(self, case, pass_name: str, twins: Twins, errors: dict, backends: dict) -> dict:
-        pairs, stock_kernel = self.time(pass_name, twins)
-        ours = summary(pairs.ours)
+    def row(self, case, pass_name: str, twins: Twins, check: Check) -> dict:
+        with torch.set_grad_enabled(pass_name != "fwd"):
+            stock, stock_kernel = self.stock_call(pass_name, twins)
+            ours = self.our_call(pass_name, twins)
+            peers = prepared(self.peers, twins, pass_name, case, check.exact)
+            rounds, peers = self.beside_peers({"stock": stock, "ours": ours}, peers)
+            peak = {
+                "stock": peak_bytes(stock, self.device) / MIB,
+                "ours": peak_bytes(ours, self.device) / MIB,
+            }
+            on_gpu = self.on_gpu(pass_name, stock, ours)
+        outputs = [check.exact[name].numel() for name in twins.outputs]
+        ours_ms = summary(rounds.seconds["ours"])["median_ms"]
+        attained = rates(case.products(pass_name), minimum_bytes(pass_name, twins, outputs), ours_ms)
         row = {
-            "stock": summary(pairs.stock) | {"faults": pairs.stock_faults, "kernel": stock_kernel},
-            "ours": ours | {"faults": pairs.ours_faults},
-            "pairs": len(pairs.stock),
-            "speedup": spread(pairs.ratios),
-            **self.figures(case, pass_name, ours["median_ms"]),
-            "error": errors,
-            "backend": {part: backends.get(part, "stock") for part in PARTS[pass_name]},
+            "stock": side(rounds, "stock") | {"kernel": stock_kernel},
+            "ours": side(rounds, "ours"),
+            "pairs": rounds.count,
+            "speedup": spread(rounds.ratios("stock", "ours")),
+            "peers": peers.told(rounds),
+            **attained,
+            "roofline": roofline(attained, self.product_rate(case), self.copy_speed.beyond_cache()),
+            **self.figures(case, pass_name, ours_ms, attained),
+            "launch_us": self.launch_us(case, pass_name, ours),
+            "peak_mib": peak,
+            "compile_s": check.compile_s,
+            "error": check.errors,
+            "matches": True,
+            "backend": {part: check.backends.get(part, "stock") for part in PARTS[pass_name]},
+            **on_gpu,
         }
         goal = case.goals.get(pass_name)
         return row | {"goal": goal and asdict(goal), "met": goal and is_met(goal, row)}
 
-    def time(self, pass_name: str, twins: Twins) -> tuple[Pairs, str]:
-        """Times of both sides in turn, and which of torch's kernels stood for stock."""
-        with torch.set_grad_enabled(pass_name != "fwd"):
-            stock, kernel = self.stock_call(pass_name, twins)
-            ours = call_of(pass_name, twins, twins.ours)
-            return self.paired(stock, ours), kernel
+    def beside_peers(self, sides: dict[str, Call], peers: Beside) -> tuple[Rounds, Beside]:
+        """Times of both sides and all peers in turn; of both sides alone where a peer fails meanwhile."""
+        try:
+            return self.in_turn(sides | peers.calls), peers
+        except Exception as failure:
+            if not peers.calls:
+                raise
+            return self.in_turn(sides), peers.failing(failure)
 
-    def paired(self, stock: Callable[[], object], ours: Callable[[], object]) -> Pairs:
+    def in_turn(self, calls: dict[str, Call]) -> Rounds:
         """`paired_times` of this device; a GPU's timer takes one call a sample."""
         if self.device == "cuda":
-            return paired_times(stock, ours, self.budget_seconds, self.timer, sample_seconds=0)
-        return paired_times(stock, ours, self.budget_seconds, self.timer)
+            return paired_times(calls, self.budget_seconds, self.timer, sample_seconds=0)
+        return paired_times(calls, self.budget_seconds, self.timer)
 
-    def stock_call(self, pass_name: str, twins: Twins) -> tuple[Callable[[], object], str]:
-        """The stock side's call, compiled where that is asked, and the name of its kernel."""
-        if self.versus == "compile":
-            # A fresh start for each: torch gives a function up that it has compiled too often.
-            torch.compiler.reset()
-            torch._dynamo.config.allow_rnn = True
-            return call_of(pass_name, twins, torch.compile(twins.stock)), "compiled"
+    def stock_call(self, pass_name: str, twins: Twins) -> tuple[Call, str]:
+        """The stock side's call and the name of its kernel."""
         return call_of(pass_name, twins, twins.stock), "auto"
+
+    def our_call(self, pass_name: str, twins: Twins) -> Call:
+        return call_of(pass_name, twins, twins.ours)
+
+    def launch_us(self, case, pass_name: str, ours: Call) -> float | None:
+        """Microseconds of Python and of starting our call.
+
+        On a GPU: how long the call takes to enqueue its work, without waiting for it. On a CPU, where work
+        and calling cannot be told apart: the shortest time of the same kind of call with next to no work,
+        measured once a kind; it holds the checks, the dispatcher, autograd and the start of threads. None
+        where the backend that was asked for refuses so small a call.
+        """
+        if self.device == "cuda":
+            from benchmarks.cuda import enqueue_seconds
+
+            return enqueue_seconds(ours) * 1e6
+        tiny = self.tiny(case)
+        if (tiny.name, pass_name) not in self.launches:
+            self.launches[tiny.name, pass_name] = self.shortest_us(tiny, pass_name)
+        return self.launches[tiny.name, pass_name]
+
+    def shortest_us(self, case, pass_name: str) -> float | None:
+        """Microseconds of our shortest call of a case, None where it is refused."""
+        with torch.set_grad_enabled(pass_name != "fwd"):
+            try:
+                call = self.our_call(pass_name, self.build(case))
+                cpu_timer(call, LAUNCH_CALLS)
+            except NotImplementedError:
+                return None
+            return min(cpu_timer(call, LAUNCH_CALLS) for _ in range(LAUNCH_SAMPLES)) * 1e6
+
+    def on_gpu(self, pass_name: str, stock: Call, ours: Call) -> dict:
+        """Both sides replayed as CUDA graphs, so that launching is no part of their time; {} on a CPU.
+
+        The repeated backward is left out: its graph was recorded on another stream than capture uses.
+        """
+        if self.device != "cuda" or pass_name == "bwd":
+            return {}
+        from benchmarks.cuda import captured
+
+        try:
+            replays = {"stock": captured(stock), "ours": captured(ours)}
+            rounds = paired_times(replays, self.budget_seconds * GRAPH_SHARE, self.timer, sample_seconds=0)
+        except RuntimeError as refusal:
+            return {"graph": {"failure": str(refusal).partition("\n")[0]}}
+        sides = {name: summary(rounds.seconds[name]) for name in replays}
+        return {"graph": sides | {"speedup": spread(rounds.ratios("stock", "ours"))}}
 
     def overhead_row(self, case) -> dict:
         """What a swapped module adds to a call too small to matter, without grad, in microseconds."""
         twins, goal = self.build(case), case.goals["overhead"]
         with torch.no_grad():
-            stock, ours = (call_of("fwd", twins, module) for module in (twins.stock, twins.ours))
-            pairs = paired_times(stock, ours, self.budget_seconds, cpu_timer)
+            calls = {"stock": call_of("fwd", twins, twins.stock), "ours": self.our_call("fwd", twins)}
+            rounds = paired_times(calls, self.budget_seconds, cpu_timer)
         row = {
-            "stock": summary(pairs.stock),
-            "ours": summary(pairs.ours),
-            "pairs": len(pairs.stock),
-            "speedup": spread(pairs.ratios),
-            "added_us": spread(pairs.added_us),
+            **{name: summary(rounds.seconds[name]) for name in calls},
+            "pairs": rounds.count,
+            "speedup": spread(rounds.ratios("stock", "ours")),
+            "added_us": spread(rounds.added_us("stock", "ours")),
         }
         return row | {"goal": asdict(goal), "met": is_met(goal, row)}
 
 
-def exact_results(twins: Twins, gradients: bool) -> Results:
-    """The results of torch's module on the same values in float64."""
-    exact = twins.cast(torch.float64)
-    return results(exact, exact.stock, gradients)
-
-
-def errors_and_backends(
-    twins: Twins, exact: Results, gradients: bool
-) -> tuple[dict[str, dict], dict[str, str]]:
-    """Largest absolute error of each side against float64, result by result; and who ran ours.
-
-    Raises WrongResult when ours breaks the rule: wrong is not timed.
-    """
-    stock = results(twins, twins.standard, gradients)
-    decided: dict[str, list[str]] = {}
-
-    def note(op: dispatch.Op, call: dispatch.Call, backend: dispatch.Backend) -> None:
-        decided.setdefault(op.name.rpartition("_")[2], []).append(backend.name)
-
-    with dispatch.recording(note):
-        ours = results(twins, twins.ours, gradients)
-
-    errors = {}
-    for group in (twins.outputs, [name for name in stock if name not in twins.outputs]):
-        errors |= held_to_the_rule(twins, group, stock, ours, exact)
-    return errors, {part: "+".join(sorted(set(names))) for part, names in decided.items()}
-
-
-def held_to_the_rule(
-    twins: Twins, group: Sequence[str], stock: Results, ours: Results, exact: Results
-) -> dict[str, dict]:
-    """The errors of all outputs, or of all gradients, by the tolerance rule as `pyarch.verify` applies it.
-
-    Stock's error is None where its result is plainly wrong; its float32 result rounded to the dtype is then
-    what the rule compares with. Torch's worst relative error in the group is its noise: a result of few
-    elements may be right by luck. Raises WrongResult when ours breaks the rule.
-    """
-    of_gradients = group != twins.outputs
-    broken = {name for name in group if is_broken(stock[name], exact[name])}
-    sound = stock
-    if broken:
-        in_float32 = twins.cast(torch.float32)
-        rounded = results(in_float32, in_float32.stock, of_gradients)
-        sound = stock | {name: rounded[name].to(stock[name].dtype) for name in broken}
-    sizes = {name: exact[name].abs().max().item() for name in group}
-    layer_scale = max(sizes.values(), default=0.0) if of_gradients else 0.0
-    theirs = {name: tolerance.error(sound[name], exact[name]) for name in group}
-    relative = (theirs[name] / (tolerance.scale(exact[name], layer_scale) or 1.0) for name in group)
-    noise = max(relative, default=0.0)
-    errors = {}
-    for name in group:
-        own = tolerance.error(ours[name], exact[name])
-        limit = tolerance.allowed(theirs[name], exact[name], stock[name].dtype, layer_scale, noise)
-        if own > limit:
-            raise WrongResult(f"{name}: error {own:.3e}, stock's {theirs[name]:.3e}, allowed {limit:.3e}")
-        errors[name] = {"ours": own, "stock": None if name in broken else theirs[name]}
-    return errors
-
-
-def is_broken(result: torch.Tensor, exact: torch.Tensor) -> bool:
-    return tolerance.error(result, exact) > BROKEN_SHARE * exact.abs().max().item()
+def side(rounds: Rounds, name: str) -> dict[str, float]:
+    return summary(rounds.seconds[name]) | {"faults": rounds.faults[name]}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from benchmarks.benchmark import DTYPES, Benchmark
+from benchmarks.benchmark import DTYPES, Benchmark, Call
 from benchmarks.conv_cases import ConvCase
-from benchmarks.copy_speed import CopySpeed
 from benchmarks.cuda import fastest_stock
 from benchmarks.twins import Twins, twin_modules
 
@@ -45,31 +44,27 @@ def build(case: ConvCase, device: str) -> Twins:
     return Twins(stock, ours, (source,), cotangent, ("output",), lambda module, inputs: (module(*inputs),))
 
 
+def one_point(case: ConvCase) -> ConvCase:
+    """The same kind of convolution with two channels, of which it stays depthwise, and the smallest input."""
+    least = max(1, case.dilation * (case.kernel - 1) + 1 - 2 * case.padding)
+    return replace(case, batch=1, channels=2, spatial=(least,) * len(case.spatial), goals={})
+
+
 class ConvBenchmark(Benchmark):
     """Rows with the bytes that must move, as a share of what a copy moves in the same time."""
-
-    def __init__(self, device: str, budget_seconds: float, versus: str = "eager") -> None:
-        super().__init__(device, budget_seconds, versus)
-        self.copy_speed = CopySpeed(device, self.timer)
 
     def build(self, case: ConvCase) -> Twins:
         return build(case, self.device)
 
-    def ceilings(self) -> dict:
-        return {"copy_gb_per_s": self.copy_speed.beyond_cache()}
+    def tiny(self, case: ConvCase) -> ConvCase:
+        return one_point(case)
 
-    def figures(self, case: ConvCase, pass_name: str, ours_ms: float) -> dict:
-        moved = case.minimum_bytes(pass_name)
-        gb_per_s = moved / (ours_ms * 1e-3) / 1e9
+    def figures(self, case: ConvCase, pass_name: str, ours_ms: float, attained: dict[str, float]) -> dict:
         return {
-            "bytes": moved,
-            "gb_per_s": gb_per_s,
-            "copy_share": gb_per_s / self.copy_speed.beyond_cache(),
-            "copy_share_like_size": gb_per_s / self.copy_speed.like(moved),
+            "copy_share": attained["gb_per_s"] / self.copy_speed.beyond_cache(),
+            "copy_share_like_size": attained["gb_per_s"] / self.copy_speed.like(attained["bytes"]),
         }
 
-    def stock_call(self, pass_name: str, twins: Twins) -> tuple[Callable[[], object], str]:
+    def stock_call(self, pass_name: str, twins: Twins) -> tuple[Call, str]:
         call, kernel = super().stock_call(pass_name, twins)
-        if self.device == "cuda" and self.versus == "eager":
-            return fastest_stock(call, self.timer)
-        return call, kernel
+        return fastest_stock(call, self.timer) if self.device == "cuda" else (call, kernel)

@@ -13,12 +13,14 @@ from benchmarks.even_spread import evenly_spread
 from benchmarks.goals import Goal
 
 PASSES = {"cpu": ("fwd", "fwd+bwd"), "cuda": ("fwd", "bwd", "fwd+bwd")}
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class ConvCase:
-    """One depthwise convolution; `channels_last` is the memory format of its input."""
+    """One depthwise convolution.
+
+    `channels_last` is the memory format of its input; `quick`: part of --quick.
+    """
 
     batch: int
     channels: int
@@ -30,6 +32,7 @@ class ConvCase:
     dtype: str = "fp32"
     channels_last: bool = False
     goals: dict[str, Goal] = field(default_factory=dict)
+    quick: bool = True
 
     @property
     def name(self) -> str:
@@ -59,13 +62,13 @@ class ConvCase:
             planes * product(self.output_spatial),
         )
 
-    def minimum_bytes(self, pass_name: str) -> int:
-        """Bytes a pass must move: each tensor it needs read once, each it returns written once."""
-        source, parameters, output = self.elements
-        forward = source + parameters + output
-        backward = output + source + parameters + source + parameters
-        total = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[pass_name]
-        return total * ELEMENT_BYTES[self.dtype]
+    def products(self, pass_name: str) -> int:
+        """Floating-point operations, two for each multiplication with its addition; taps in the padding too.
+
+        The backward has twice as many: one product for the gradient of each factor.
+        """
+        forward = 2 * self.elements[2] * self.kernel ** len(self.spatial)
+        return forward * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[pass_name]
 
 
 def product(numbers: tuple[int, ...]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,6 +12,9 @@ from benchmarks.measure import Timer, quantile
 FLUSH_BYTES = 256 << 20
 STOCK_KERNELS = ("auto", "cudnn", "native")
 TRIALS = 5
+CAPTURE_WARM_UPS = 3
+# Few enough that the queue of launches does not fill, which would let the GPU hold Python up.
+ENQUEUED_CALLS = 5
 
 
 class EventTimer:
@@ -69,3 +73,30 @@ def trial_medians(
             if isinstance(refusal, torch.cuda.OutOfMemoryError):
                 raise
     return medians
+
+
+def enqueue_seconds(call: Callable[[], object]) -> float:
+    """Seconds that a call takes to hand its work to an idle GPU, not waiting for it; the median of TRIALS."""
+    samples = []
+    for _ in range(TRIALS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(ENQUEUED_CALLS):
+            call()
+        samples.append((time.perf_counter() - start) / ENQUEUED_CALLS)
+    torch.cuda.synchronize()
+    return quantile(samples, 0.5)
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The replay of `call` as a CUDA graph. Raises RuntimeError where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(CAPTURE_WARM_UPS):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,19 @@ AMD_GENERATIONS = (
     (25, range(0x60, 0x100), "zen4"),
     (26, range(0x00, 0x100), "zen5"),
 )
+
+GOVERNOR = "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
+# Key of the results -> what nvidia-smi calls it; clocks in MHz, power in W, temperature in degrees Celsius.
+GPU_STATE = {
+    "driver": "driver_version",
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "sm_max_mhz": "clocks.max.sm",
+    "memory_max_mhz": "clocks.max.mem",
+    "power_limit_w": "power.limit",
+    "temperature_c": "temperature.gpu",
+}
+SMI_SECONDS = 10.0
 
 NOTED_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16")
 NOTED_LIBRARIES = re.compile(
@@ -106,7 +121,16 @@ def cpu_facts() -> dict:
         "model_number": int(fields.get("model", 0)),
         "instruction_sets": [flag for flag in NOTED_FLAGS if flag in flags],
         "cores": len(os.sched_getaffinity(0)),
+        "mhz": as_number(fields.get("cpu MHz")),
+        "governor": first_line(GOVERNOR),
     }
+
+
+def as_number(text: str | None) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
 
 
 def cpu_words(cpu: dict) -> str:
@@ -142,7 +166,23 @@ def gpu_facts() -> dict:
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        "state": gpu_state(str(getattr(properties, "uuid", ""))),
     }
+
+
+def gpu_state(uuid: str) -> dict[str, str | float | None] | None:
+    """Driver, clocks, power and temperature of a GPU as nvidia-smi tells; None where it does not."""
+    which = [f"--id=GPU-{uuid}"] * bool(uuid)
+    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE.values())}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            [*query, *which], capture_output=True, text=True, check=True, timeout=SMI_SECONDS
+        )
+        (answer, *_) = done.stdout.strip().splitlines()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    told = dict(zip(GPU_STATE, (field.strip() for field in answer.split(",")), strict=False))
+    return {name: text if name == "driver" else as_number(text) for name, text in told.items()}
 
 
 def triton_version() -> str | None:
@@ -166,6 +206,17 @@ def git_state() -> tuple[str, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """The installed version of each of these packages, None where there is none."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def first_line(path: str) -> str | None:

@@ -7,13 +7,18 @@ by default, while recurrent layers are, whose share of this rate may then pass 1
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from benchmarks.measure import Timer
 
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 WARM_UPS = 2
+# Of each size: so many products, fewer where they take long.
 REPEATS = 9
+FEWEST_REPEATS = 3
+SECONDS = 0.3
 
 
 class MatmulSpeed:
@@ -38,5 +43,8 @@ class MatmulSpeed:
             return torch.mm(left, right)
 
         self.timer(product, WARM_UPS)
-        seconds = min(self.timer(product, 1) for _ in range(REPEATS))
-        return 2 * size**3 / seconds / 1e9
+        times: list[float] = []
+        deadline = time.perf_counter() + SECONDS
+        while len(times) < FEWEST_REPEATS or (len(times) < REPEATS and time.perf_counter() < deadline):
+            times.append(self.timer(product, 1))
+        return 2 * size**3 / min(times) / 1e9

@@ -1,7 +1,7 @@
-"""Time two callables against each other, in turn, in one process; and the statistics of such pairs.
+"""Time callables against each other, in turn, in one process; and the statistics of such rounds.
 
-Absolute times drift on shared machines, ratios of neighbours far less: each pair runs stock and ours one
-after the other, the order alternating, and the speedup is the median of the pairs' ratios.
+Absolute times drift on shared machines, ratios of neighbours far less: each round runs every callable once,
+one after the other, another one first each time; a speedup is the median of two's ratios, round by round.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Timer = Callable[[Callable[[], object], int], float]
@@ -25,21 +25,24 @@ SETTLED = 0.97
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Seconds per call, pair by pair, and the page faults a call of each side took."""
+class Rounds:
+    """Seconds per call of each callable, round by round, and the page faults that a call of it took."""
 
-    stock: list[float]
-    ours: list[float]
-    stock_faults: float
-    ours_faults: float
+    seconds: dict[str, list[float]]
+    faults: dict[str, float]
 
     @property
-    def ratios(self) -> list[float]:
-        return [stock / ours for stock, ours in zip(self.stock, self.ours, strict=True)]
+    def count(self) -> int:
+        return len(next(iter(self.seconds.values())))
 
-    @property
-    def added_us(self) -> list[float]:
-        return [(ours - stock) * 1e6 for stock, ours in zip(self.stock, self.ours, strict=True)]
+    def ratios(self, slower: str, faster: str) -> list[float]:
+        """How many times faster the second callable was than the first, round by round."""
+        return [one / other for one, other in zip(self.seconds[slower], self.seconds[faster], strict=True)]
+
+    def added_us(self, plain: str, more: str) -> list[float]:
+        """Microseconds that the second callable took more than the first, round by round."""
+        pairs = zip(self.seconds[plain], self.seconds[more], strict=True)
+        return [(one - other) * 1e6 for other, one in pairs]
 
 
 def cpu_timer(function: Callable[[], object], calls: int) -> float:
@@ -51,50 +54,53 @@ def cpu_timer(function: Callable[[], object], calls: int) -> float:
 
 
 def paired_times(
-    stock: Callable[[], object],
-    ours: Callable[[], object],
+    calls: Mapping[str, Callable[[], object]],
     budget_seconds: float,
     timer: Timer = cpu_timer,
     sample_seconds: float = SAMPLE_SECONDS,
-) -> Pairs:
-    """Warm both sides up, then time them in turn: MIN_PAIRS at least, until the budget or MAX_PAIRS is used.
+) -> Rounds:
+    """Warm all callables up, then time them in turn: MIN_PAIRS rounds at least, MAX_PAIRS at most.
 
-    A sample repeats calls shorter than `sample_seconds` (0: one call a sample) so that the clock's resolution
-    does not matter.
+    The budget is that of two; more callables get as much more. A sample repeats calls shorter than
+    `sample_seconds` (0: one call a sample) so that the clock's resolution does not matter.
     """
-    functions = (stock, ours)
-    fastest = warm_up(functions, timer, budget_seconds * WARM_UP_SHARE)
-    calls = [max(1, math.ceil(sample_seconds / max(seconds, 1e-9))) for seconds in fastest]
-    times: tuple[list[float], list[float]] = ([], [])
-    faults = [0, 0]
+    names = list(calls)
+    budget_seconds *= len(names) / 2
+    fastest = warm_up(calls, timer, budget_seconds * WARM_UP_SHARE)
+    repeats = {name: max(1, math.ceil(sample_seconds / max(fastest[name], 1e-9))) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    faults = dict.fromkeys(names, 0)
     was_collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         deadline = time.perf_counter() + budget_seconds
-        while len(times[0]) < MIN_PAIRS or (time.perf_counter() < deadline and len(times[0]) < MAX_PAIRS):
-            order = (0, 1) if len(times[0]) % 2 == 0 else (1, 0)
-            for side in order:
+        done = 0
+        while done < MIN_PAIRS or (time.perf_counter() < deadline and done < MAX_PAIRS):
+            first = done % len(names)
+            for name in names[first:] + names[:first]:
                 before = page_faults()
-                times[side].append(timer(functions[side], calls[side]))
-                faults[side] += page_faults() - before
+                seconds[name].append(timer(calls[name], repeats[name]))
+                faults[name] += page_faults() - before
+            done += 1
     finally:
         if was_collecting:
             gc.enable()
-    per_call = [count / (len(times[0]) * calls[side]) for side, count in enumerate(faults)]
-    return Pairs(times[0], times[1], per_call[0], per_call[1])
+    return Rounds(seconds, {name: count / (done * repeats[name]) for name, count in faults.items()})
 
 
-def warm_up(functions: Sequence[Callable[[], object]], timer: Timer, budget_seconds: float) -> list[float]:
-    """Call the functions in turn until a round improves none noticeably; return their fastest times."""
-    fastest = [timer(function, 1) for function in functions]
+def warm_up(
+    calls: Mapping[str, Callable[[], object]], timer: Timer, budget_seconds: float
+) -> dict[str, float]:
+    """Call all in turn until a round improves none noticeably; return their fastest times in seconds."""
+    fastest = {name: timer(call, 1) for name, call in calls.items()}
     deadline = time.perf_counter() + budget_seconds
     rounds = 1
     settled = False
     while rounds < WARM_UP_ROUNDS or (not settled and time.perf_counter() < deadline):
-        latest = [timer(function, 1) for function in functions]
-        settled = all(new >= SETTLED * best for new, best in zip(latest, fastest, strict=True))
-        fastest = [min(new, best) for new, best in zip(latest, fastest, strict=True)]
+        latest = {name: timer(call, 1) for name, call in calls.items()}
+        settled = all(latest[name] >= SETTLED * fastest[name] for name in calls)
+        fastest = {name: min(latest[name], fastest[name]) for name in calls}
         rounds += 1
     return fastest
 

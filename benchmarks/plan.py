@@ -9,21 +9,26 @@ from benchmarks.suites import SUITES, Suite
 
 # Seconds of timing for each pass of each case, per variant.
 BUDGETS = {"quick": 0.3, "table": 1.0, "full": 3.0, "sweep": 0.25}
-OPPONENTS = ("eager", "compile")
+QUICK, SWEEP = "quick", "sweep"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run that its measuring processes share; `versus` is how the stock side runs."""
+    """The settings of a suite's run that its measuring processes share.
+
+    `dtypes`, `passes` and `only`, pairs of a case's name and a pass, choose nothing where empty; `peers` are
+    timed beside stock and ours.
+    """
 
     suite_name: str
     extent: str = "table"
     device: str = "cpu"
-    dtype: str | None = None
+    dtypes: tuple[str, ...] = ()
     filter: str = ""
     passes: tuple[str, ...] = ()
+    only: tuple[tuple[str, str], ...] = ()
     backend: str = "auto"
-    versus: str = "eager"
+    peers: tuple[str, ...] = ()
     commit: str | None = None
     budget_seconds: float | None = None
 
@@ -45,31 +50,52 @@ class Settings:
     @classmethod
     def from_json(cls, text: str) -> Settings:
         fields = json.loads(text)
-        return cls(**fields | {"passes": tuple(fields["passes"])})
+        lists = {name: tuple(fields[name]) for name in ("dtypes", "passes", "peers")}
+        return cls(**fields | lists | {"only": tuple(tuple(pair) for pair in fields["only"])})
 
 
 def selected_cases(settings: Settings) -> list:
     """The suite's cases of the extent and device whose dtype, name and passes agree with the settings."""
-    suite = settings.suite
-    cases = suite.sweep() if settings.extent == "sweep" else suite.tables[settings.device]
     return [
-        case
-        for case in cases
-        if settings.dtype in (None, case.dtype)
-        and settings.filter.lower() in case.name.lower()
-        and passes_of(settings, case)
+        case for case in cases_of_extent(settings) if is_selected(settings, case, passes_of(settings, case))
     ]
+
+
+def cases_of_extent(settings: Settings) -> list:
+    """All cases of the extent and device."""
+    suite = settings.suite
+    if settings.extent == SWEEP:
+        return list(suite.sweep())
+    return [case for case in suite.tables[settings.device] if case.quick or settings.extent != QUICK]
+
+
+def is_selected(settings: Settings, case, passes: list[str], called: str = "") -> bool:
+    """Whether the settings choose a case of these passes; `called` is its name where it goes by another."""
+    return (
+        (not settings.dtypes or case.dtype in settings.dtypes)
+        and settings.filter.lower() in (called or case.name).lower()
+        and bool(passes)
+    )
 
 
 def passes_of(settings: Settings, case) -> list[str]:
     """The chosen passes that the case has."""
     only = getattr(case, "only", ())
-    return [name for name in settings.chosen_passes if not only or name in only]
+    passes = [name for name in settings.chosen_passes if not only or name in only]
+    return [name for name in passes if not settings.only or (case.name, name) in settings.only]
 
 
 def overhead_case(settings: Settings):
     """The tiny call whose Python overhead ends a run of a whole table, or None."""
     case = settings.suite.overhead
-    if case is None or settings.extent == "sweep" or settings.dtype not in (None, case.dtype):
+    if case is None or settings.extent == SWEEP:
         return None
-    return case if settings.filter.lower() in f"overhead {case.name}" else None
+    passes = ["overhead"] * (not settings.only or (case.name, "overhead") in settings.only)
+    return case if is_selected(settings, case, passes, f"overhead {case.name}") else None
+
+
+def left_out(settings: Settings) -> int:
+    """How many cases of the suite's table the extent leaves out."""
+    if settings.extent == SWEEP:
+        return 0
+    return len(settings.suite.tables[settings.device]) - len(cases_of_extent(settings))

@@ -78,7 +78,7 @@ def speed_section(suite: str, on_gpu: bool, folder: Path = results.RESULTS) -> s
 def device_tables(document: dict) -> str:
     """One table for each instruction set a device was measured with, and where the figures come from."""
     instruction_sets = list(dict.fromkeys(row["isa"] for row in document["rows"]))
-    parts = [provenance(document["environment"])]
+    parts = [provenance(document["environment"]) + share_words(document)]
     for isa in instruction_sets:
         rows = [row for row in document["rows"] if row["isa"] == isa]
         ours_only = (
@@ -97,19 +97,19 @@ def provenance(environment: dict) -> str:
         f"{device}, {environment['threads']} threads, torch {environment['torch']}, "
         f"{environment['date'][:10]}, commit {environment['commit'][:12]}{dirty}. "
         "Median milliseconds a call, stock -> pyarch, and the median of the paired ratios."
-        f"{share_words(environment.get('ceilings', {}))}"
     )
 
 
-def share_words(ceilings: dict[str, float]) -> str:
+def share_words(document: dict) -> str:
     """What the percentages of a table are shares of, where it has any."""
+    if not any("matmul_share" in row for row in document["rows"]):
+        return ""
+    ceilings = document["environment"]["ceilings"]
     rates = [
         f"{ceilings[name]:.0f} GFLOP/s in {dtype}"
         for name, dtype in (("matmul_fp32_gflop_per_s", "fp32"), ("matmul_bf16_gflop_per_s", "bf16"))
         if name in ceilings
     ]
-    if not rates:
-        return ""
     return (
         " The percentage is the rate of the layer's matrix products, as a share of the highest that torch.mm "
         f"reached in the same run ({', '.join(rates)})."

@@ -10,9 +10,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from benchmarks.benchmark import DTYPES, Benchmark
-from benchmarks.matmul_speed import MatmulSpeed
 from benchmarks.measure import spread
-from benchmarks.recurrent_cases import CELL, EXPANDED, PACKED, SEQUENCE, STREAMING, RecurrentCase
+from benchmarks.recurrent_cases import (
+    CELL,
+    EXPANDED,
+    PACKED,
+    SEQUENCE,
+    SHORTEST_PACKED,
+    STREAMING,
+    RecurrentCase,
+)
 from benchmarks.twins import Twins, call_of, twin_modules
 
 LAYERS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
@@ -100,25 +107,30 @@ def build(case: RecurrentCase, device: str) -> Twins:
     return Twins(stock, ours, inputs, cotangent, names, forward)
 
 
-class RecurrentBenchmark(Benchmark):
-    """Rows with the time a step, the rate of the matrix products, and its share of what torch.mm reaches."""
+def one_step(case: RecurrentCase) -> RecurrentCase:
+    """The same kind of module with one unit over one step; a cell's loop keeps its steps, each a call."""
+    proj = min(case.proj, 1)
+    tiny = replace(case, batch=1, hidden=1 + proj, input=1, proj=proj, goals={})
+    if case.form == CELL:
+        return tiny
+    return replace(tiny, steps=SHORTEST_PACKED if case.form == PACKED else 1)
 
-    def __init__(self, device: str, budget_seconds: float, versus: str = "eager") -> None:
-        super().__init__(device, budget_seconds, versus)
-        self.matmul = MatmulSpeed(device, self.timer)
+
+class RecurrentBenchmark(Benchmark):
+    """Rows with the time a step, and the rate of the matrix products as a share of what torch.mm reaches."""
 
     def build(self, case: RecurrentCase) -> Twins:
         return build(case, self.device)
 
-    def ceilings(self) -> dict:
-        return {f"matmul_{name}_gflop_per_s": self.matmul.of(DTYPES[name]) for name in ("fp32", "bf16")}
+    def tiny(self, case: RecurrentCase) -> RecurrentCase:
+        return one_step(case)
 
-    def figures(self, case: RecurrentCase, pass_name: str, ours_ms: float) -> dict:
-        gflop_per_s = case.products(pass_name) / (ours_ms * 1e-3) / 1e9
+    def figures(
+        self, case: RecurrentCase, pass_name: str, ours_ms: float, attained: dict[str, float]
+    ) -> dict:
         figures = {
             "us_a_step": ours_ms * 1e3 / case.steps,
-            "gflop_per_s": gflop_per_s,
-            "matmul_share": gflop_per_s / self.matmul.of(DTYPES[case.dtype]),
+            "matmul_share": attained["gflop_per_s"] / self.product_rate(case),
         }
         if case.form == PACKED:
             figures["of_padded"] = self.of_padded(case, pass_name)
@@ -130,6 +142,7 @@ class RecurrentBenchmark(Benchmark):
         ratios = {}
         with torch.set_grad_enabled(pass_name != "fwd"):
             for side in ("stock", "ours"):
-                calls = [call_of(pass_name, twins, getattr(twins, side)) for twins in (packed, padded)]
-                ratios[side] = spread(self.paired(*calls).ratios)
+                twins = {"packed": packed, "padded": padded}
+                calls = {name: call_of(pass_name, each, getattr(each, side)) for name, each in twins.items()}
+                ratios[side] = spread(self.in_turn(calls).ratios("packed", "padded"))
         return ratios

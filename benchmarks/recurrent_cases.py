@@ -32,7 +32,7 @@ class RecurrentCase:
 
     `form` is SEQUENCE (a padded batch and a dense gradient), EXPANDED (the gradient of `output.sum()`, one
     element expanded), STREAMING (initial states given), CELL (the cell's module called once a step) or PACKED
-    (a PackedSequence of lengths from T down to T / SHORTEST_PACKED).
+    (a PackedSequence of lengths from T down to T / SHORTEST_PACKED). `quick`: part of --quick.
     """
 
     mode: str
@@ -46,6 +46,7 @@ class RecurrentCase:
     dtype: str = "fp32"
     form: str = SEQUENCE
     goals: dict[str, Goal] = field(default_factory=dict)
+    quick: bool = True
 
     @property
     def name(self) -> str:
@@ -77,7 +78,7 @@ class RecurrentCase:
         input_sizes = [self.input_size] + [self.directions * width] * (self.layers - 1)
         weights = sum(gates * (size + width) + self.hidden * self.proj for size in input_sizes)
         forward = 2 * sum(self.lengths) * self.directions * weights
-        return forward * {"fwd": 1, "fwd+bwd": 3}[pass_name]
+        return forward * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[pass_name]
 
 
 def speedups(forward: float, both: float) -> dict[str, Goal]:

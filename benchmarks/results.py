@@ -8,9 +8,11 @@ import tempfile
 from pathlib import Path
 
 SCHEMA = 1
+ALL = "all"
 RESULTS = Path(__file__).resolve().parent / "results"
 REQUIRED = {"schema": int, "suite": str, "environment": dict, "rows": list}
 REQUIRED_IN_ROW = {"case": str, "pass": str, "allocator": str, "isa": str}
+REQUIRED_IN_MEASURED_ROW = {"stock": "median_ms", "ours": "median_ms", "speedup": "median low high"}
 
 
 class ResultsError(ValueError):
@@ -48,6 +50,8 @@ def load(path: str | Path) -> dict:
         if not isinstance(row, dict):
             raise fault(path, f"row {number} is a {type(row).__name__}, needs an object")
         check_fields(path, row, REQUIRED_IN_ROW, f"row {number}")
+        if not row.get("failure"):
+            check_figures(path, row, f"row {number}")
     return results
 
 
@@ -57,6 +61,14 @@ def check_fields(path: str | Path, found: dict, required: dict[str, type], where
             raise fault(path, f"{name!r} of {where} is missing or no {kind.__name__}")
 
 
+def check_figures(path: str | Path, row: dict, where: str) -> None:
+    for name, figures in REQUIRED_IN_MEASURED_ROW.items():
+        check_fields(path, row, {name: dict}, where)
+        for figure in figures.split():
+            if not isinstance(row[name].get(figure), (int, float)):
+                raise fault(path, f"{figure!r} of {name!r} of {where} is missing or no number")
+
+
 def fault(path: str | Path, reason: str) -> ResultsError:
     return ResultsError(
         f"results file {path}: {reason}; delete it and run `python -m benchmarks SUITE --json {path}`"
@@ -64,17 +76,19 @@ def fault(path: str | Path, reason: str) -> ResultsError:
 
 
 def default_path(document: dict) -> Path:
-    """Where a run is committed: results/<device>/<date>-<commit>-<suite>[-sweep][-compile].json."""
+    """Where a run is committed: results/<device>/<date>-<commit>-<suite>[-sweep][-quick][-compile].json."""
     environment = document["environment"]
     words = [environment["date"][:10], environment["commit"][:12], document["suite"]]
-    words += ["sweep"] * (document["extent"] == "sweep") + ["compile"] * (document["versus"] == "compile")
+    words += ["sweep"] * (document["extent"] == "sweep") + ["quick"] * bool(document.get("left_out"))
+    words += ["compile"] * (document["versus"] == "compile")
     return RESULTS / environment["device"] / f"{'-'.join(words)}.json"
 
 
 def newest_per_device(suite: str, folder: Path = RESULTS) -> list[dict]:
     """The latest results of `suite`'s table for each device under `folder`, in order of device name.
 
-    Sweeps, and runs whose stock side was compiled, are kept beside them and are no tables.
+    Sweeps, runs that left cases out, and those whose stock side was compiled are kept beside them and are no
+    tables.
     """
     newest: dict[str, dict] = {}
     for path in sorted(folder.glob("*/*.json")):
@@ -88,5 +102,46 @@ def newest_per_device(suite: str, folder: Path = RESULTS) -> list[dict]:
 
 
 def is_table(document: dict) -> bool:
-    """Whether a document holds the suite's table, against torch as it runs by default."""
-    return document.get("extent") != "sweep" and document.get("versus", "eager") == "eager"
+    """Whether a document holds the suite's whole table, against torch as it runs by default."""
+    is_whole = document.get("extent") != "sweep" and not document.get("left_out")
+    return is_whole and document.get("versus", "eager") == "eager"
+
+
+def merged(documents: list[dict]) -> dict:
+    """One document of several suites' runs: every row names its suite, the ceilings of all are put together.
+
+    A single document is given back as it is; the environment is otherwise that of the first one.
+    """
+    if len(documents) == 1:
+        return documents[0]
+    first = documents[0]
+    environments = [each["environment"] for each in documents if each["environment"]]
+    environment = dict(environments[0]) if environments else {}
+    if environment:
+        environment["ceilings"] = all_ceilings(environments)
+        environment["variants"] = merged_variants(environments)
+    return first | {
+        "suite": ALL,
+        "left_out": sum(each.get("left_out", 0) for each in documents),
+        "environment": environment,
+        "rows": [{"suite": each["suite"]} | row for each in documents for row in each["rows"]],
+        "wall_seconds": round(sum(each.get("wall_seconds", 0.0) for each in documents), 1),
+    }
+
+
+def all_ceilings(environments: list[dict]) -> dict[str, float]:
+    """The highest that each ceiling was measured in any of the runs."""
+    found: dict[str, float] = {}
+    for environment in environments:
+        for name, figure in environment.get("ceilings", {}).items():
+            found[name] = max(figure, found.get(name, figure))
+    return found
+
+
+def merged_variants(environments: list[dict]) -> list[dict]:
+    """The facts of each variant, as the first run that had it tells them, with the ceilings of all."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for environment in environments:
+        for variant in environment.get("variants", []):
+            found.setdefault((variant["allocator"], variant["isa"]), []).append(variant)
+    return [same[0] | {"ceilings": all_ceilings(same)} for same in found.values()]

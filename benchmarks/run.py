@@ -1,4 +1,4 @@
-"""A run: one measuring process for each allocator state and instruction set, their rows merged into one file.
+"""A suite's run: one measuring process for each allocator state and instruction set, their rows merged.
 
 This process imports no torch; the allocator's and torch's environment variables only act on a fresh process.
 """
@@ -10,66 +10,68 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.environment import ROOT, process_environment
-from benchmarks.plan import Settings, overhead_case, selected_cases
-from benchmarks.table import print_results
+from benchmarks.plan import Settings, left_out, overhead_case, selected_cases
 from benchmarks.worker import INTERRUPTED, failure_row
 
 # What differs between the processes of one run.
 VARIANT_FACTS = ("torch_cpu_capability", "cpu_kernels", "libraries", "allocator_variables", "ceilings")
 
 
-def run(
-    settings: Settings,
-    allocators: list[str],
-    instruction_sets: list[str],
-    json_path: str | None = None,
-    save: bool = False,
-    threads: int | None = None,
-) -> int:
-    """Measure every variant, print the table, write the files.
+@dataclass(frozen=True)
+class Machine:
+    """The states of this machine that a run is to have: of malloc, of the kernels' choice, and threads."""
 
-    Returns 0, 1 when a case failed, 2 when none was selected, 130 after Ctrl-C (finished rows are kept).
-    """
+    allocators: tuple[str, ...] = ("steady",)
+    instruction_sets: tuple[str, ...] = ("native",)
+    threads: int | None = None
+
+    def variants(self) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+        """The keys that a variant gives its rows, and the environment of its processes."""
+        for isa in self.instruction_sets:
+            for allocator in self.allocators:
+                environment = process_environment(allocator, isa, self.threads)
+                yield {"allocator": allocator, "isa": isa}, environment
+
+
+def task_names(settings: Settings) -> list[str]:
+    """The names of what a variant's process measures, in its order."""
     names = [case.name for case in selected_cases(settings)]
-    names += ["overhead"] * (overhead_case(settings) is not None)
-    if not names:
-        print(f"no case agrees with filter={settings.filter!r}, dtype={settings.dtype}", file=sys.stderr)
-        return 2
+    return names + ["overhead"] * (overhead_case(settings) is not None)
+
+
+def measured(settings: Settings, machine: Machine) -> tuple[dict, bool]:
+    """The document of a suite's run, every variant in it; and whether it was interrupted."""
+    start = time.monotonic()
     document = {
         "schema": results.SCHEMA,
         "suite": settings.suite_name,
         "extent": settings.extent,
-        "versus": settings.versus,
+        "left_out": left_out(settings),
+        "versus": "eager",
         "environment": {},
         "rows": [],
     }
-    interrupted = False
-    for variant in ({"allocator": a, "isa": isa} for isa in instruction_sets for a in allocators):
-        environment = process_environment(variant["allocator"], variant["isa"], threads)
-        interrupted = measure_variant(settings, variant, names, document, environment)
-        if interrupted:
-            break
-    if document["environment"]:
-        print_results(document)
-        write_files(document, json_path, save)
-    failed = not document["environment"] or any(is_failure(row) for row in document["rows"])
-    return INTERRUPTED if interrupted else int(failed)
+    names, interrupted = task_names(settings), False
+    try:
+        for variant, environment in machine.variants():
+            interrupted = measure_variant(settings, variant, names, document, environment)
+            if interrupted:
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    return document | {"wall_seconds": round(time.monotonic() - start, 1)}, interrupted
 
 
 def is_failure(row: dict) -> bool:
     """Whether a case went wrong; one that lacks what it is to be timed against did not."""
     return bool(row.get("failure")) and not row.get("absent")
-
-
-def write_files(document: dict, json_path: str | None, save: bool) -> None:
-    paths = [json_path] * bool(json_path) + [results.default_path(document)] * save
-    for path in paths:
-        results.write(path, document)
-        print(f"results written to {path}")
 
 
 def measure_variant(

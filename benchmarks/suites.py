@@ -9,19 +9,34 @@ from typing import Any
 
 from benchmarks import attention_cases, conv_cases, recurrent_cases
 
+# Forward, backward of one graph, and both together.
+PASSES = ("fwd", "bwd", "fwd+bwd")
+
 
 class Absent(Exception):
     """What a case is to be timed against does not run on this machine: nothing measured, nothing failed."""
+
+
+class WrongResult(ArithmeticError):
+    """Ours is further from float64 than the tolerance rule allows."""
+
+
+def reason_of(error: Exception) -> str:
+    """The kind of an error and its first line; of a failed torch.compile those of what failed in it."""
+    error = getattr(error, "inner_exception", error)
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first_line}"
 
 
 @dataclass(frozen=True)
 class Suite:
     """One operator family.
 
-    A case has `name`, `dtype` and `goals` (pass name -> Goal), and `only` where it has not every pass; the
-    rest is between the cases and `benchmark`, the "module:class" of a benchmarks.benchmark.Benchmark, which
-    the measuring process alone imports. `tables` and `passes` are by device; `overhead`, where there is one,
-    is a call so small that only Python is left.
+    A case has `name`, `dtype`, `quick` (part of --quick) and `goals` (pass name -> Goal), and `only` where it
+    has not every pass; the rest is between the cases and `benchmark`, the "module:class" of a
+    benchmarks.benchmark.Benchmark, which the measuring process alone imports. `tables`, and the `passes` that
+    are timed when none are asked for, are by device; `overhead`, where there is one, is a call so small that
+    only Python is left.
     """
 
     name: str
@@ -31,12 +46,6 @@ class Suite:
     passes: dict[str, tuple[str, ...]]
     sweep: Callable[[], Iterable]
     overhead: Any = None
-
-    @property
-    def all_passes(self) -> list[str]:
-        """Every pass that some device times, in order."""
-        longest_first = sorted(self.passes.values(), key=len, reverse=True)
-        return list(dict.fromkeys(name for names in longest_first for name in names))
 
     def load(self) -> type:
         module, name = self.benchmark.split(":")

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from benchmarks.environment import cpu_words
 from benchmarks.goals import METRICS, goal_text
+from benchmarks.results import merged
 
-WIDTH_ELSEWHERE = 240
+WIDTH_ELSEWHERE = 400
 LOSS_BELOW = 0.95
 LOSS_OVER_US = 15.0
 SWEEP_ROWS_SHOWN = 40
@@ -26,11 +27,8 @@ CEILINGS = {
 
 def print_results(document: dict) -> None:
     """Print the table of a run, its failures, and one line that sums it up."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=WIDTH_ELSEWHERE, highlight=False)
-    measured = [row for row in document["rows"] if not row.get("failure")]
-    failures = [row for row in document["rows"] if row.get("failure")]
+    console = console_here()
+    measured, failures = measured_and_failed(document)
     sweep = document.get("extent") == "sweep"
     shown = sorted(measured, key=worst_first)[:SWEEP_ROWS_SHOWN] if sweep else beside_each_other(measured)
     if shown:
@@ -46,15 +44,30 @@ def print_results(document: dict) -> None:
     console.print(sum_up(measured, failures, sweep), markup=False)
 
 
+def console_here() -> Console:
+    """The terminal; elsewhere as wide as every table needs."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=WIDTH_ELSEWHERE, highlight=False)
+
+
+def measured_and_failed(document: dict) -> tuple[list[dict], list[dict]]:
+    rows = document["rows"]
+    return [row for row in rows if not row.get("failure")], [row for row in rows if row.get("failure")]
+
+
 def as_table(document: dict, rows: list[dict], console: Console) -> Table:
-    """The rows under every column that some row fills, or under the narrow ones where those do not fit."""
-    columns = {title: [cell(row) for row in rows] for title, cell in COLUMNS.items()}
-    filled = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
-    table = table_of(filled, heading(document))
-    unbounded = console.options.update(width=10 * WIDTH_ELSEWHERE)
-    if Measurement.get(console, unbounded, table).maximum <= console.width:
-        return table
-    return table_of({title: filled[title] for title in NARROW_COLUMNS if title in filled}, heading(document))
+    """The rows under every column that some row fills, or under fewer where those do not fit."""
+    columns = COLUMNS | {name: peer_cell(name) for row in rows for name in row.get("peers", {})}
+    cells = {title: [cell(row) for row in rows] for title, cell in columns.items()}
+    filled = [title for title in columns if set(cells[title]) != {"-"}]
+    middle = [title for title in filled if title not in WIDE_COLUMNS]
+    narrow = [title for title in NARROW_COLUMNS if title in filled]
+    for titles in (filled, middle, narrow):
+        table = table_of({title: cells[title] for title in titles}, heading(document))
+        unbounded = console.options.update(width=10 * WIDTH_ELSEWHERE)
+        if Measurement.get(console, unbounded, table).maximum <= console.width:
+            break
+    return table
 
 
 def table_of(columns: dict[str, list[str]], caption: str) -> Table:
@@ -69,14 +82,27 @@ def table_of(columns: dict[str, list[str]], caption: str) -> Table:
 def heading(document: dict) -> str:
     environment = document["environment"]
     gpu = environment["gpu"]
-    device = gpu["name"] if gpu else f"{cpu_words(environment['cpu'])} ({environment['device']})"
+    device = gpu_words(gpu) if gpu else f"{cpu_words(environment['cpu'])} ({environment['device']})"
     dirty = " with changes" if environment["dirty"] else ""
     compiled = " (stock compiled)" if document.get("versus") == "compile" else ""
     return (
-        f"{device}, {environment['threads']} threads, torch {environment['torch']}{compiled}, "
+        f"{device}, {environment['threads']} threads{core_words(environment)}, "
+        f"torch {environment['torch']}{compiled}, "
         f"{ceiling_words(environment['ceilings'])}, "
         f"commit {environment['commit'][:12]}{dirty}, {environment['date']}"
     )
+
+
+def gpu_words(gpu: dict) -> str:
+    """A GPU's name and, where nvidia-smi told them, its clock at the start and its driver."""
+    state = gpu.get("state")
+    return gpu["name"] + (f" at {state['sm_mhz']} MHz, driver {state['driver']}" if state else "")
+
+
+def core_words(environment: dict) -> str:
+    """The cores that the process may run on, where they are known."""
+    cores = ",".join(map(str, environment.get("affinity", ())))
+    return f" on cores {cores}" if cores else ""
 
 
 def ceiling_words(ceilings: dict[str, float]) -> str:
@@ -106,8 +132,46 @@ def speedup_cell(row: dict) -> str:
     if "added_us" in row:
         return f"{row['added_us']['median']:+.1f} us"
     speedup = row["speedup"]
-    loss = " LOSS" if is_loss(row) else ""
-    return f"{speedup['median']:.2f} [{speedup['low']:.2f}-{speedup['high']:.2f}]{loss}"
+    mark = " LOSS" if is_loss(row) else " slower" if is_slower(row) else ""
+    return f"{speedup['median']:.2f} [{speedup['low']:.2f}-{speedup['high']:.2f}]{mark}"
+
+
+def time_cell(side: str) -> Callable[[dict], str]:
+    """The median of a side's times and, where they are known, its quantiles at 20 and 80 %."""
+
+    def cell(row: dict) -> str:
+        times = row[side]
+        between = f" [{times['p20_ms']:.4g}-{times['p80_ms']:.4g}]" if "p20_ms" in times else ""
+        return f"{times['median_ms']:.4g}{between}"
+
+    return cell
+
+
+def peer_cell(name: str) -> Callable[[dict], str]:
+    """A peer's time and how many times faster ours is; or in a word why there is none."""
+
+    def cell(row: dict) -> str:
+        peer = row.get("peers", {}).get(name)
+        if peer is None:
+            return "-"
+        if "speedup" not in peer:
+            return "absent" if "absent" in peer else "FAILED"
+        return f"{peer['median_ms']:.4g}, {peer['speedup']['median']:.2f}x"
+
+    return cell
+
+
+def roofline_cell(row: dict) -> str:
+    """The share of what the machine allows, and which of its ceilings that is."""
+    if "roofline" not in row:
+        return "-"
+    return f"{row['roofline']['share']:.0%} of {row['roofline']['bound']}"
+
+
+def graph_cell(row: dict) -> str:
+    """The speedup where both sides are replayed as CUDA graphs."""
+    graph = row.get("graph", {})
+    return f"{graph['speedup']['median']:.2f}" if "speedup" in graph else "-"
 
 
 def goal_cell(row: dict) -> str:
@@ -116,7 +180,7 @@ def goal_cell(row: dict) -> str:
 
 def figure_cell(name: str, form: str) -> Callable[[dict], str]:
     """The cell of a figure that only some rows have."""
-    return lambda row: form.format(row[name]) if name in row else "-"
+    return lambda row: "-" if row.get(name) is None else form.format(row[name])
 
 
 def of_padded_cell(row: dict) -> str:
@@ -151,8 +215,8 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "case": lambda row: row["case"],
     "pass": lambda row: row["pass"],
     "variant": lambda row: f"{row['allocator']} {row['isa']}",
-    "stock ms": lambda row: f"{row['stock']['median_ms']:.4g}",
-    "ours ms": lambda row: f"{row['ours']['median_ms']:.4g}",
+    "stock ms (p20-p80)": time_cell("stock"),
+    "ours ms (p20-p80)": time_cell("ours"),
     "speedup [95 %]": speedup_cell,
     "goal": goal_cell,
     "met": lambda row: {True: "yes", False: "NO", None: "-"}[row["met"]],
@@ -163,12 +227,31 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "of mm": figure_cell("matmul_share", "{:.0%}"),
     "of padded": of_padded_cell,
     "of itself": of_itself_cell,
+    "of roofline": roofline_cell,
+    "in graphs": graph_cell,
+    "launch us": figure_cell("launch_us", "{:.1f}"),
+    "compile s": figure_cell("compile_s", "{:.3f}"),
     "peak MiB ours / stock": peak_cell,
     "error ours / stock": lambda row: error_cell(row.get("error", {})),
+    "matches": lambda row: {True: "yes", False: "NO", None: "-"}[row.get("matches")],
     "backend": lambda row: ", ".join(row.get("backend", {}).values()) or "-",
 }
 LEFT_COLUMNS = ("case", "pass", "variant", "backend")
 NARROW_COLUMNS = ("case", "pass", "speedup [95 %]", "met")
+# Those that go first where a terminal is too narrow for all.
+WIDE_COLUMNS = (
+    "variant",
+    "goal",
+    "GB/s",
+    "us/step",
+    "GFLOP/s",
+    "of padded",
+    "of itself",
+    "launch us",
+    "compile s",
+    "matches",
+    "backend",
+)
 
 
 def is_loss(row: dict) -> bool:
@@ -176,6 +259,11 @@ def is_loss(row: dict) -> bool:
     lost_us = (row["ours"]["median_ms"] - row["stock"]["median_ms"]) * 1e3
     beside_stock = "added_us" not in row and "opponent_share" not in row
     return beside_stock and row["speedup"]["median"] < LOSS_BELOW and lost_us > LOSS_OVER_US
+
+
+def is_slower(row: dict) -> bool:
+    """Slower than stock beyond the interval, by whatever amount."""
+    return "opponent_share" not in row and row["speedup"].get("high", 1.0) < 1.0
 
 
 def worst_first(row: dict) -> tuple[bool, float]:
@@ -190,11 +278,23 @@ def beside_each_other(rows: list[dict]) -> list[dict]:
     return [row for group in order.values() for row in group]
 
 
+def sum_up_all(documents: list[dict], wall_seconds: float) -> str:
+    """One line for a run: what all its suites come to, where there are several, and the time that it took."""
+    minutes, rest = divmod(round(wall_seconds), 60)
+    took = f"measured in {minutes} min {rest} s"
+    if len(documents) == 1:
+        return took
+    names = ", ".join(document["suite"] for document in documents)
+    return f"{names}: {sum_up(*measured_and_failed(merged(documents)), sweep=False)}; {took}"
+
+
 def sum_up(measured: list[dict], failures: list[dict], sweep: bool) -> str:
     losses = sum(is_loss(row) for row in measured)
+    slower = sum(is_slower(row) and not is_loss(row) for row in measured)
     goals = [row["met"] for row in measured if row["met"] is not None]
     rule = f"below {LOSS_BELOW}x of stock by more than {LOSS_OVER_US:g} us"
     words = [f"{len(measured)} rows, {losses} losses ({rule})"]
+    words += [f"{slower} more slower than stock by less"] * (slower > 0)
     words += [f"goals met {sum(goals)} of {len(goals)}"] * bool(goals)
     words += [f"{min(SWEEP_ROWS_SHOWN, len(measured))} worst shown"] * sweep
     absent = sum(bool(row.get("absent")) for row in failures)

@@ -6,19 +6,26 @@ each case the results file is rewritten whole, naming that case: a crash or Ctrl
 
 from __future__ import annotations
 
+import gc
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from benchmarks import results
 from benchmarks.plan import Settings, overhead_case, passes_of, selected_cases
 from benchmarks.progress import Progress
-from benchmarks.suites import Absent
+from benchmarks.suites import Absent, WrongResult
 
 INTERRUPTED = 130
+# The peers that are packages of their own; the others are parts of torch.
+PACKAGES = {"onnxruntime", "openvino"}
 GOALS_ARE_FOR = {"allocator": "steady", "isa": "native"}
 PREFAULT_BYTES = 768 << 20
+# What torch and Python say, by the error's class or in its text, when there is no memory left.
+OUT_OF_MEMORY_KINDS = ("MemoryError", "OutOfMemoryError")
+OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def main(arguments: list[str]) -> int:
@@ -33,28 +40,38 @@ def main(arguments: list[str]) -> int:
     }
     try:
         tasks = prepare(settings, variant, document)
-        with Progress(f"{variant['allocator']}, {variant['isa']}", len(tasks), first) as progress:
+        with Progress(title(settings, variant), len(tasks), first) as progress:
             for number in range(first, len(tasks)):
                 document["next"] = number
                 results.write(path, document)
                 name, rows_of_task = tasks[number]
                 progress.begin(name)
                 rows = finished_rows(name, rows_of_task)
+                if "failure" in rows[-1]:
+                    release_memory()
                 document["rows"] += [row | variant for row in rows]
                 progress.end(rows)
             document["next"] = len(tasks)
     except KeyboardInterrupt:
+        # Both the terminal and benchmarks.run may tell: what is finished is written in peace.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         return INTERRUPTED
     finally:
         results.write(path, document)
     return 0
 
 
-def prepare(settings: Settings, variant: dict, document: dict) -> list[tuple[str, Callable[[], list[dict]]]]:
+def title(settings: Settings, variant: dict) -> str:
+    return f"{settings.suite_name}, {variant['allocator']}, {variant['isa']}"
+
+
+def prepare(
+    settings: Settings, variant: dict, document: dict
+) -> list[tuple[str, Callable[[], Iterable[dict]]]]:
     """Import torch and pyarch, note the environment, and return each task's name with what gives its rows."""
     import torch
 
-    from benchmarks.environment import describe
+    from benchmarks.environment import describe, versions
     from pyarch import dispatch
 
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -62,19 +79,19 @@ def prepare(settings: Settings, variant: dict, document: dict) -> list[tuple[str
     if variant["allocator"] == "steady":
         # Memory touched once and kept by malloc: page faults stay out of the times.
         torch.ones(PREFAULT_BYTES, dtype=torch.uint8)
-    benchmark = settings.suite.load()(settings.device, settings.budget, settings.versus)
+    benchmark = settings.suite.load()(settings.device, settings.budget, settings.peers)
 
-    def task(measure: Callable[[], list[dict]]) -> Callable[[], list[dict]]:
-        def run() -> list[dict]:
+    def task(measure: Callable[[], Iterable[dict]]) -> Callable[[], Iterator[dict]]:
+        def run() -> Iterator[dict]:
             with dispatch.backend(settings.backend):
-                return measure()
+                yield from measure()
 
         return run
 
-    def case_rows(case):
+    def case_rows(case) -> Iterator[dict]:
         passes = passes_of(settings, case)
-        rows = benchmark.rows(case, passes)
-        return [{"case": case.name, "pass": name} | row for name, row in zip(passes, rows, strict=True)]
+        for name, row in zip(passes, benchmark.rows(case, passes), strict=True):
+            yield {"case": case.name, "pass": name} | row
 
     cases = selected_cases(settings)
     if settings.device == "cpu" and variant != GOALS_ARE_FOR:
@@ -86,18 +103,41 @@ def prepare(settings: Settings, variant: dict, document: dict) -> list[tuple[str
     document["environment"] = describe(settings.device, settings.commit) | {
         "ceilings": benchmark.ceilings(),
         "backend_asked": settings.backend,
+        "peer_versions": versions(set(settings.peers) & PACKAGES),
     }
     return tasks
 
 
-def finished_rows(name: str, rows_of_task: Callable[[], list[dict]]) -> list[dict]:
-    """The rows of a task, or one row with its error: a failing case must not end the run."""
+def finished_rows(name: str, rows_of_task: Callable[[], Iterable[dict]]) -> list[dict]:
+    """The rows of a task, the last one with its error where it fails: a failing case must not end the run."""
+    rows: list[dict] = []
     try:
-        return rows_of_task()
+        for row in rows_of_task():
+            rows.append(row)
     except Absent as absence:
-        return [failure_row(name, str(absence)) | {"absent": True}]
+        rows.append(failure_row(name, str(absence)) | {"absent": True})
     except Exception as error:
-        return [failure_row(name, f"{type(error).__name__}: {error}")]
+        row = failure_row(name, words_of(error))
+        rows.append(row | {"matches": False} if isinstance(error, WrongResult) else row)
+    return rows
+
+
+def words_of(error: Exception) -> str:
+    """The error with its kind; of a want of memory the first line, which says how much was asked for."""
+    name, text = type(error).__name__, str(error)
+    if name in OUT_OF_MEMORY_KINDS or any(words in text for words in OUT_OF_MEMORY_WORDS):
+        first_line, *_ = text.splitlines() or [name]
+        return f"out of memory: {first_line}"
+    return f"{name}: {text}"
+
+
+def release_memory() -> None:
+    """Let go of what a failed case left behind, before the next one asks for memory."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def failure_row(name: str, reason: str) -> dict:

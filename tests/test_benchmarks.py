@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import pyarch
-from benchmarks import benchmark, conv, results, run, table
-from benchmarks.__main__ import main, parser
+from benchmarks import benchmark, check, conv, results, run, table
+from benchmarks.__main__ import main
 from benchmarks.conv_cases import (
     CPU_TABLE,
     CUDA_TABLE,
@@ -35,9 +35,10 @@ from benchmarks.environment import (
 from benchmarks.even_spread import evenly_spread
 from benchmarks.goals import METRICS, Goal, goal_text, is_met
 from benchmarks.matmul_speed import MatmulSpeed
-from benchmarks.measure import Pairs, cpu_timer, median_interval, paired_times, quantile, spread, summary
-from benchmarks.plan import Settings, overhead_case, selected_cases
-from benchmarks.suites import SUITES
+from benchmarks.measure import Rounds, cpu_timer, median_interval, paired_times, quantile, spread, summary
+from benchmarks.plan import Settings, left_out, overhead_case, passes_of, selected_cases
+from benchmarks.roofline import minimum_bytes, rates, roofline
+from benchmarks.suites import PASSES, SUITES, WrongResult
 from benchmarks.twins import Twins
 
 # ---------------------------------------------------------------------------------------------------- cases
@@ -54,7 +55,7 @@ def test_goals_are_for_passes_that_are_measured(suite):
     for device, cases in suite.tables.items():
         assert any(case.goals for case in cases)
         for case in cases:
-            assert set(case.goals) <= set(suite.passes[device])
+            assert set(case.goals) <= set(suite.passes[device]) <= set(PASSES)
             assert all(goal.metric in METRICS for goal in case.goals.values())
 
 
@@ -83,10 +84,50 @@ def test_every_table_case_has_goals_for_known_passes():
 def test_minimum_bytes_counts_each_tensor_once():
     case = ConvCase(2, 3, (10,), 3, dtype="bf16")
     source, parameters, output = 2 * 3 * 10, 3 * 3 + 3, 2 * 3 * 8
-    forward = source + parameters + output
-    assert case.minimum_bytes("fwd") == 2 * forward
-    assert case.minimum_bytes("bwd") == 2 * (2 * source + 2 * parameters + output)
-    assert case.minimum_bytes("fwd+bwd") == case.minimum_bytes("fwd") + case.minimum_bytes("bwd")
+    twins = conv.build(case, "cpu")
+    forward, backward, both = (minimum_bytes(name, twins, [output]) for name in PASSES)
+    assert forward == 2 * (source + parameters + output)
+    assert backward == 2 * (2 * source + 2 * parameters + output)
+    assert both == forward + backward
+
+
+def test_products_of_a_convolution_are_those_of_its_taps():
+    case = ConvCase(2, 3, (10, 10), 3, stride=2, padding=1)
+    assert case.output_spatial == (5, 5)
+    assert [case.products(name) for name in PASSES] == [2 * 2 * 3 * 25 * 9 * factor for factor in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("case", CPU_TABLE, ids=lambda case: case.name)
+def test_the_least_convolution_is_the_same_kind_of_call(case):
+    tiny = conv.one_point(case)
+    twins = conv.build(tiny, "cpu")
+    assert min(twins.cotangent.shape[2:]) >= 1 and type(twins.ours) is not type(twins.stock)
+    assert tiny.products("fwd") <= case.products("fwd")
+    assert (tiny.kernel, tiny.stride, tiny.dilation) == (case.kernel, case.stride, case.dilation)
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_quick_leaves_out_cases_but_no_kind_of_case(suite):
+    """Every dtype, form, pass, mode, layout and opponent of the whole table is in the quick one."""
+    whole, quick = (selected_cases(Settings(suite.name, extent=extent)) for extent in ("table", "quick"))
+    assert left_out(Settings(suite.name, extent="quick")) == len(whole) - len(quick)
+    assert left_out(Settings(suite.name, extent="sweep")) == left_out(Settings(suite.name)) == 0
+    for kind in ("dtype", "form", "mode", "layout", "against", "only", "is_causal", "stride", "dilation"):
+        if hasattr(whole[0], kind):
+            assert {getattr(case, kind) for case in quick} == {getattr(case, kind) for case in whole}, kind
+    on_gpu = [selected_cases(Settings(suite.name, extent=each, device="cuda")) for each in ("table", "quick")]
+    assert on_gpu[0] == on_gpu[1]
+
+
+def test_a_run_can_be_of_named_rows_alone():
+    first, second = (case.name for case in CPU_TABLE[:2])
+    settings = Settings("conv", only=((first, "fwd"), (second, "fwd+bwd")))
+    assert [(case.name, passes_of(settings, case)) for case in selected_cases(settings)] == [
+        (first, ["fwd"]),
+        (second, ["fwd+bwd"]),
+    ]
+    assert overhead_case(settings) is None
+    assert overhead_case(Settings("conv", only=((OVERHEAD_CASE.name, "overhead"),))) is OVERHEAD_CASE
 
 
 def test_sweep_reaches_every_value_of_every_axis_and_repeats_itself():
@@ -102,7 +143,7 @@ def test_sweep_reaches_every_value_of_every_axis_and_repeats_itself():
 
 
 def test_selection_by_text_dtype_and_device():
-    chosen = selected_cases(Settings("conv", filter="dil2", dtype="fp32"))
+    chosen = selected_cases(Settings("conv", filter="dil2", dtypes=("fp32",)))
     assert [case.dilation for case in chosen] == [2, 2]
     assert selected_cases(Settings("conv", device="cuda"))[0] == CUDA_TABLE[0]
     assert selected_cases(Settings("conv", filter="no such case")) == []
@@ -114,7 +155,7 @@ def test_the_overhead_ends_whole_tables_of_suites_that_have_one():
     assert overhead_case(Settings("conv", filter="overhead")) is OVERHEAD_CASE
     for other in (
         {"extent": "sweep"},
-        {"dtype": "bf16"},
+        {"dtypes": ("bf16",)},
         {"filter": "k31"},
     ):
         assert overhead_case(Settings("conv", **other)) is None
@@ -122,15 +163,20 @@ def test_the_overhead_ends_whole_tables_of_suites_that_have_one():
 
 
 def test_settings_survive_their_json():
-    settings = Settings("recurrent", extent="quick", passes=("fwd",), budget_seconds=0.5, versus="compile")
+    settings = Settings(
+        "recurrent",
+        extent="quick",
+        dtypes=("bf16",),
+        passes=("fwd",),
+        only=(("a", "fwd"), ("b", "bwd")),
+        budget_seconds=0.5,
+        peers=("compile",),
+    )
     assert Settings.from_json(settings.to_json()) == settings
 
 
-def test_every_suite_is_a_command_that_takes_its_passes():
-    for name, suite in SUITES.items():
-        options = parser().parse_args([name, "--vs", "compile", "--pass", suite.all_passes[-1]])
-        assert (options.suite, options.versus, options.passes) == (name, "compile", suite.all_passes[-1:])
-        assert issubclass(suite.load(), benchmark.Benchmark)
+def test_every_suite_has_a_benchmark():
+    assert all(issubclass(suite.load(), benchmark.Benchmark) for suite in SUITES.values())
 
 
 # ---------------------------------------------------------------------------------------------------- goals
@@ -193,11 +239,12 @@ def test_median_interval_of_a_hundred_values():
 
 
 def test_speedup_is_the_median_of_paired_ratios_not_the_ratio_of_medians():
-    pairs = Pairs(stock=[2.0, 8.0, 30.0], ours=[1.0, 2.0, 10.0], stock_faults=0, ours_faults=0)
-    assert pairs.ratios == [2.0, 4.0, 3.0]
-    assert spread(pairs.ratios) == {"median": 3.0, "low": 2.0, "high": 4.0}
-    assert pairs.added_us == [-1e6, -6e6, -20e6]
-    assert summary(pairs.stock)["median_ms"] == 8000.0
+    rounds = Rounds({"stock": [2.0, 8.0, 30.0], "ours": [1.0, 2.0, 10.0]}, {"stock": 0, "ours": 0})
+    ratios = rounds.ratios("stock", "ours")
+    assert ratios == [2.0, 4.0, 3.0] and rounds.count == 3
+    assert spread(ratios) == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert rounds.added_us("stock", "ours") == [-1e6, -6e6, -20e6]
+    assert summary(rounds.seconds["stock"])["median_ms"] == 8000.0
 
 
 def test_paired_times_alternates_the_order_and_leaves_the_warm_up_out():
@@ -209,12 +256,54 @@ def test_paired_times_alternates_the_order_and_leaves_the_warm_up_out():
         calls.append((name, count))
         return seconds[name]
 
-    pairs = paired_times(lambda: "stock", lambda: "ours", 0.0, timer, sample_seconds=4e-3)
-    assert pairs.stock == [3e-3] * 5
-    assert pairs.ours == [1e-3] * 5
+    both = {"stock": lambda: "stock", "ours": lambda: "ours"}
+    rounds = paired_times(both, 0.0, timer, sample_seconds=4e-3)
+    assert rounds.seconds == {"stock": [3e-3] * 5, "ours": [1e-3] * 5}
     warm, timed = calls[:-10], calls[-10:]
     assert len(warm) >= 6 and {count for _, count in warm} == {1}
     assert timed[:4] == [("stock", 2), ("ours", 4), ("ours", 4), ("stock", 2)]
+
+
+def test_any_number_of_callables_take_turns_at_being_first():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in ("stock", "ours", "flex", "openvino")}
+
+    def timer(function, count):
+        function()
+        return {"stock": 4.0, "ours": 1.0, "flex": 3.0, "openvino": 2.0}[order[-1]]
+
+    rounds = paired_times(calls, 0.0, timer, sample_seconds=0)
+    assert rounds.count == 5 and set(rounds.seconds) == set(rounds.faults) == set(calls)
+    timed = order[-20:]
+    assert [timed[4 * turn : 4 * turn + 4] for turn in range(4)] == [
+        ["stock", "ours", "flex", "openvino"],
+        ["ours", "flex", "openvino", "stock"],
+        ["flex", "openvino", "stock", "ours"],
+        ["openvino", "stock", "ours", "flex"],
+    ]
+    assert rounds.ratios("stock", "ours") == [4.0] * 5
+    assert rounds.ratios("openvino", "ours") == [2.0] * 5
+
+
+def test_the_roofline_by_hand():
+    """2 GFLOP, 1 GB, 100 ms: 20 GFLOP/s, 10 GB/s; 2 operations a byte, at 30 GB/s at most 60 GFLOP/s."""
+    attained = rates(2_000_000_000, 1_000_000_000, 100.0)
+    assert attained == {
+        "flop": 2_000_000_000,
+        "bytes": 1_000_000_000,
+        "gflop_per_s": pytest.approx(20.0),
+        "gb_per_s": pytest.approx(10.0),
+    }
+    assert roofline(attained, 140.0, 30.0) == {
+        "intensity": 2.0,
+        "bound": "memory",
+        "share": pytest.approx(20 / 60),
+    }
+    assert roofline(attained, 40.0, 30.0) == {
+        "intensity": 2.0,
+        "bound": "compute",
+        "share": pytest.approx(20 / 40),
+    }
 
 
 def test_stock_on_a_gpu_is_the_fastest_kernel_torch_lets_one_choose():
@@ -241,24 +330,25 @@ def small_twins() -> Twins:
     return conv.build(ConvCase(2, 3, (9,), 3, padding=1), "cpu")
 
 
-def errors_of(twins: Twins, gradients: bool = True) -> tuple[dict, dict]:
-    return benchmark.errors_and_backends(twins, benchmark.exact_results(twins, gradients), gradients)
+def checked(twins: Twins, gradients: bool = True) -> check.Check:
+    return check.checked(twins, check.exact_results(twins, gradients), gradients)
 
 
 def test_errors_name_every_result_and_the_backends():
     with pyarch.backend("reference"):
-        errors, backends = errors_of(small_twins())
-    assert tuple(errors) == RESULTS_OF_A_CONVOLUTION
-    assert all(0 <= each["ours"] < 1e-5 and 0 <= each["stock"] < 1e-5 for each in errors.values())
-    assert backends == {"forward": "reference", "backward": "reference"}
+        found = checked(small_twins())
+    assert tuple(found.errors) == RESULTS_OF_A_CONVOLUTION
+    assert all(0 <= each["ours"] < 1e-5 and 0 <= each["stock"] < 1e-5 for each in found.errors.values())
+    assert found.backends == {"forward": "reference", "backward": "reference"}
+    assert found.compile_s >= 0
 
 
 def test_inference_is_judged_by_its_own_call():
     twins = small_twins()
     with pyarch.backend("reference"):
-        errors, backends = errors_of(twins, gradients=False)
-    assert tuple(errors) == ("output",)
-    assert backends == {"forward": "reference"}
+        found = checked(twins, gradients=False)
+    assert tuple(found.errors) == ("output",)
+    assert found.backends == {"forward": "reference"}
     assert not twins.stock.training and not twins.ours.training
 
 
@@ -266,13 +356,13 @@ def test_wrong_results_of_ours_are_refused_not_timed():
     twins = small_twins()
     with torch.no_grad():
         twins.ours.weight += 0.01
-    with pytest.raises(benchmark.WrongResult, match="output: error"):
-        errors_of(twins)
+    with pytest.raises(WrongResult, match="output: error"):
+        checked(twins)
 
 
 def test_wrong_results_of_stock_do_not_excuse_ours(monkeypatch):
     twins = small_twins()
-    honest = benchmark.results
+    honest = check.results
 
     def stock_gives_nan(asked, module, gradients):
         found = honest(asked, module, gradients)
@@ -280,14 +370,14 @@ def test_wrong_results_of_stock_do_not_excuse_ours(monkeypatch):
             return found
         return {name: each * float("nan") for name, each in found.items()}
 
-    monkeypatch.setattr(benchmark, "results", stock_gives_nan)
-    errors, _ = errors_of(twins)
+    monkeypatch.setattr(check, "results", stock_gives_nan)
+    errors = checked(twins).errors
     assert {name: each["stock"] for name, each in errors.items()} == dict.fromkeys(RESULTS_OF_A_CONVOLUTION)
     assert table.error_cell(errors).endswith("/ wrong")
     with torch.no_grad():
         twins.ours.weight += 0.01
-    with pytest.raises(benchmark.WrongResult, match="output: error"):
-        errors_of(twins)
+    with pytest.raises(WrongResult, match="output: error"):
+        checked(twins)
 
 
 def test_the_matmul_rate_is_that_of_the_best_size_at_its_shortest_time():
@@ -478,5 +568,5 @@ def test_interrupt_keeps_the_finished_rows(tmp_path, ending):
 
 
 def test_no_selected_case_is_said(capsys):
-    assert main(["conv", "--filter", "no such case"]) == 2
-    assert "no case agrees with filter='no such case'" in capsys.readouterr().err
+    assert main(["all", "--filter", "no such case"]) == 2
+    assert "no case agrees with the filter" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import pyarch
-from benchmarks import attention, attention_modules, benchmark, readme, results, run, table, worker
+from benchmarks import attention, attention_modules, check, readme, results, run, table, worker
 from benchmarks.attention import build
 from benchmarks.attention_blocks import block_twins, source_shape
 from benchmarks.attention_cases import (
@@ -47,9 +47,10 @@ from benchmarks.attention_cases import (
 from benchmarks.attention_modules import Formula, InPieces, Ours, Stock, pattern
 from benchmarks.environment import ROOT, cpu_words
 from benchmarks.goals import Goal, is_met
-from benchmarks.measure import Pairs
+from benchmarks.measure import Rounds
 from benchmarks.peak_memory import peak_bytes
 from benchmarks.plan import Settings, passes_of, selected_cases
+from benchmarks.roofline import minimum_bytes
 from benchmarks.suites import Absent
 from benchmarks.twins import results as results_of
 from pyarch.nn.drop_in import DropIn
@@ -212,7 +213,9 @@ def test_unequal_lengths_are_spread_and_count_their_own_pairs():
 def test_minimum_bytes_count_each_tensor_once():
     case = AttentionCase(3, 4, 1, 8, keys=11, kv_heads=2, value_dim=5, dtype="bf16")
     query, key, value, output = 3 * 4 * 8, 3 * 2 * 11 * 8, 3 * 2 * 11 * 5, 3 * 4 * 5
-    assert case.minimum_bytes == 2 * (query + key + value + output)
+    twins = build(case, "cpu")
+    assert minimum_bytes("fwd", twins, [output]) == 2 * (query + key + value + output)
+    assert minimum_bytes("bwd", twins, [output]) == 2 * (output + 2 * (query + key + value))
 
 
 def test_sweep_reaches_every_value_of_every_axis_within_its_time():
@@ -231,13 +234,13 @@ def test_sweep_reaches_every_value_of_every_axis_within_its_time():
 @each_small
 def test_results_are_within_the_rule(case):
     twins = build(case, "cpu")
-    exact = benchmark.exact_results(twins, gradients=True)
+    exact = check.exact_results(twins, gradients=True)
     with pyarch.backend("reference"):
-        errors, backends = benchmark.errors_and_backends(twins, exact, gradients=True)
-    assert set(errors) == {*twins.outputs, *twins.leaves(twins.stock)}
-    assert {"forward", "backward"} <= set(backends)
-    assert set(backends.values()) == {"reference"}
-    assert all(each["ours"] < (1e-4 if case.dtype == "fp32" else 0.1) for each in errors.values())
+        found = check.checked(twins, exact, gradients=True)
+    assert set(found.errors) == {*twins.outputs, *twins.leaves(twins.stock)}
+    assert {"forward", "backward"} <= set(found.backends)
+    assert set(found.backends.values()) == {"reference"}
+    assert all(each["ours"] < (1e-4 if case.dtype == "fp32" else 0.1) for each in found.errors.values())
 
 
 @each_small
@@ -355,37 +358,48 @@ def quick(monkeypatch):
     rates = {torch.float32: 100.0, torch.bfloat16: 200.0}
     monkeypatch.setattr(measured.matmul, "at", lambda size, dtype: rates[dtype])
     monkeypatch.setattr(measured.copy_speed, "beyond_cache", lambda: 10.0)
-    monkeypatch.setattr(measured, "paired", lambda stock, ours: Pairs([2e-3] * 5, [1e-3] * 5, 0, 0))
+    monkeypatch.setattr(measured, "in_turn", two_to_one)
     return measured
 
 
+def two_to_one(calls: dict) -> Rounds:
+    """Times as if the first of the calls took 2 ms, the others 1 ms."""
+    first, *others = calls
+    return Rounds({first: [2e-3] * 5} | {name: [1e-3] * 5 for name in others}, dict.fromkeys(calls, 0.0))
+
+
+def figures_of(quick, case: AttentionCase, gflop_per_s: float = 50.0, gb_per_s: float = 5.0) -> dict:
+    return quick.figures(case, "fwd", 2.0, {"gflop_per_s": gflop_per_s, "gb_per_s": gb_per_s})
+
+
 def test_figures_of_a_row(quick):
-    figures = quick.figures(AttentionCase(1, 2, 100, 16), "fwd", ours_ms=2.0)
-    assert figures["gflop_per_s"] == pytest.approx(2 * 2 * 100 * 100 * 32 / 2e-3 / 1e9)
-    assert figures["matmul_share"] == pytest.approx(figures["gflop_per_s"] / 100.0)
-    assert set(figures) == {"gflop_per_s", "matmul_share"}
-    assert quick.ceilings() == {"matmul_fp32_gflop_per_s": 100.0, "matmul_bf16_gflop_per_s": 200.0}
+    assert figures_of(quick, AttentionCase(1, 2, 100, 16)) == {"matmul_share": 0.5}
+    assert quick.ceilings() == {
+        "copy_gb_per_s": 10.0,
+        "matmul_fp32_gflop_per_s": 100.0,
+        "matmul_bf16_gflop_per_s": 200.0,
+    }
 
 
 def test_float16_on_a_cpu_is_a_share_of_float32(quick):
     case = AttentionCase(1, 2, 100, 16, dtype="fp16")
-    figures = quick.figures(case, "fwd", ours_ms=2.0)
-    assert figures["matmul_share"] == pytest.approx(figures["gflop_per_s"] / 100.0)
+    assert figures_of(quick, case)["matmul_share"] == 0.5
+    assert figures_of(quick, replace(case, dtype="bf16"))["matmul_share"] == 0.25
 
 
 def test_one_query_is_a_share_of_the_copy_speed(quick):
     case = AttentionCase(1, 8, 1, 64, keys=4096)
-    assert quick.figures(case, "fwd", 1.0)["copy_share"] == pytest.approx(case.minimum_bytes / 1e-3 / 1e10)
+    assert figures_of(quick, case)["copy_share"] == 0.5
 
 
 def test_our_own_time_is_compared_by_visible_pair(quick):
     case = replace(CPU_TABLE[7], queries=8192, against=PIECES)
-    share = quick.figures(case, "fwd", 1.0)["opponent_share"]
+    share = figures_of(quick, case)["opponent_share"]
     assert share == pytest.approx(1 - 256 * 257 / 2 / case.visible_pairs)
     row = {"opponent_share": share, "speedup": {"median": 0.95}, "backend": {"forward": "cpu"}}
     assert is_met(Goal("of_itself", share / 0.95), row)
     assert not is_met(Goal("of_itself", share / 0.96), row)
-    assert quick.figures(SMALL["padding"], "fwd", 1.0)["opponent_share"] == 1.0
+    assert figures_of(quick, SMALL["padding"])["opponent_share"] == 1.0
 
 
 def test_rows_name_the_backends_of_each_pass_and_judge_the_goal(quick):
@@ -399,6 +413,12 @@ def test_rows_name_the_backends_of_each_pass_and_judge_the_goal(quick):
     assert (inference["met"], training["met"]) == (False, False)
     assert inference["goal"] == {"metric": "speedup", "value": 1.25}
     assert training["peak_mib"]["stock"] > 0 and training["peak_mib"]["ours"] > 0
+    pairs = 2 * 2 * 2 * 9 * 9
+    assert (inference["flop"], training["flop"]) == (pairs * 8, pairs * 28)
+    assert inference["gflop_per_s"] == pytest.approx(pairs * 8 / 1e-3 / 1e9)
+    assert inference["bytes"] == 4 * 4 * 2 * 2 * 9 * 4
+    assert inference["matches"] and inference["launch_us"] > 0 and inference["compile_s"] >= 0
+    assert inference["peers"] == {}
 
 
 def test_stock_on_a_gpu_is_the_fastest_kernel_that_takes_the_call(monkeypatch):
@@ -425,12 +445,19 @@ def test_stock_on_a_gpu_is_the_fastest_kernel_that_takes_the_call(monkeypatch):
     assert measured.stock_call("fwd", build(replace(PLAIN, against=FLASH), "cpu"))[1] == "flash"
 
 
-@pytest.mark.parametrize("case", [SMALL["padding"], SMALL["layer"]], ids=["ours", "torch"])
-def test_only_torchs_side_is_compiled(case):
-    twins = build(case, "cpu")
-    opponent = attention.AttentionBenchmark("cpu", 0.0, versus="compile")
-    _, kernel = opponent.stock_call("fwd", twins)
-    assert kernel == ("compiled" if case.form == LAYER else "auto")
+@each_small
+def test_the_least_work_is_the_same_kind_of_call(case):
+    tiny = attention.two_tokens(case)
+    twins = build(tiny, "cpu")
+    assert (tiny.form, tiny.window, tiny.is_causal, tiny.dtype) == (
+        case.form,
+        case.window,
+        case.is_causal,
+        case.dtype,
+    )
+    assert type(twins.ours) is type(build(case, "cpu").ours)
+    assert tiny.products("fwd") <= case.products("fwd")
+    assert twins.forward(twins.ours, twins.inputs)[0].isfinite().all()
 
 
 def test_the_overhead_of_a_call_is_measured(quick):
@@ -495,4 +522,5 @@ def test_a_tiny_run_writes_a_whole_results_file(tmp_path):
         assert row["gflop_per_s"] > 0 and 0 < row["matmul_share"] < 2
         assert row["goal"]["metric"] == "speedup"
         assert min(row["peak_mib"].values()) >= 2
+        assert row["roofline"]["bound"] in ("memory", "compute") and row["roofline"]["share"] > 0
     assert "B8 H8 T128 D64 fp32" in done.stdout

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import pyarch
-from benchmarks import benchmark, recurrent, results
+from benchmarks import check, recurrent, results
 from benchmarks.environment import ROOT
-from benchmarks.measure import Pairs
+from benchmarks.measure import Rounds
 from benchmarks.recurrent_cases import (
     CELL,
     CPU_TABLE,
@@ -152,12 +152,12 @@ def test_packed_sequences_are_unsorted_and_have_the_lengths_of_the_case():
 @each_small
 def test_results_are_within_the_rule(case):
     twins = recurrent.build(case, "cpu")
-    exact = benchmark.exact_results(twins, gradients=True)
+    exact = check.exact_results(twins, gradients=True)
     with pyarch.backend("reference"):
-        errors, backends = benchmark.errors_and_backends(twins, exact, gradients=True)
-    assert set(errors) == {*twins.outputs, *twins.leaves(twins.stock)}
-    assert backends == {"forward": "reference", "backward": "reference"}
-    assert all(each["ours"] < 1e-5 for each in errors.values())
+        found = check.checked(twins, exact, gradients=True)
+    assert set(found.errors) == {*twins.outputs, *twins.leaves(twins.stock)}
+    assert found.backends == {"forward": "reference", "backward": "reference"}
+    assert all(each["ours"] < 1e-5 for each in found.errors.values())
 
 
 # ------------------------------------------------------------------------------------------------------- rows
@@ -165,30 +165,39 @@ def test_results_are_within_the_rule(case):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A benchmark whose matmul rate and times are given, not measured: 100 GFLOP/s, stock 2 ms, ours 1 ms."""
+    """A benchmark whose rates and times are given, not measured: 100 GFLOP/s, stock 2 ms, ours 1 ms."""
     measured = recurrent.RecurrentBenchmark("cpu", 0.0)
     monkeypatch.setattr(measured.matmul, "at", lambda size, dtype: 100.0)
-    monkeypatch.setattr(measured, "paired", lambda stock, ours: Pairs([2e-3] * 5, [1e-3] * 5, 0, 0))
+    monkeypatch.setattr(measured.copy_speed, "beyond_cache", lambda: 10.0)
+    monkeypatch.setattr(measured, "in_turn", two_to_one)
     return measured
+
+
+def two_to_one(calls: dict) -> Rounds:
+    """Times as if the first of the calls took 2 ms, the others 1 ms."""
+    first, *others = calls
+    return Rounds({first: [2e-3] * 5} | {name: [1e-3] * 5 for name in others}, dict.fromkeys(calls, 0.0))
 
 
 def test_figures_of_a_row(quick):
     case = RecurrentCase("GRU", 100, 1, 64)
-    figures = quick.figures(case, "fwd", ours_ms=2.0)
-    assert figures["us_a_step"] == pytest.approx(20.0)
-    assert figures["gflop_per_s"] == pytest.approx(2 * 100 * 3 * 64 * 128 / 2e-3 / 1e9)
-    assert figures["matmul_share"] == pytest.approx(figures["gflop_per_s"] / 100.0)
-    assert quick.ceilings() == {"matmul_fp32_gflop_per_s": 100.0, "matmul_bf16_gflop_per_s": 100.0}
+    figures = quick.figures(case, "fwd", 2.0, {"gflop_per_s": 50.0})
+    assert figures == {"us_a_step": pytest.approx(20.0), "matmul_share": 0.5}
+    assert quick.ceilings() == {
+        "copy_gb_per_s": 10.0,
+        "matmul_fp32_gflop_per_s": 100.0,
+        "matmul_bf16_gflop_per_s": 100.0,
+    }
 
 
 def test_packed_rows_compare_each_side_with_its_own_padded_batch(quick, monkeypatch):
     timed = []
 
-    def paired(stock, ours):
-        timed.append([function().shape[0] for function in (stock, ours)])
-        return Pairs([2e-3] * 5, [1e-3] * 5, 0, 0)
+    def in_turn(calls):
+        timed.append([call().shape[0] for call in calls.values()])
+        return two_to_one(calls)
 
-    monkeypatch.setattr(quick, "paired", paired)
+    monkeypatch.setattr(quick, "in_turn", in_turn)
     monkeypatch.setattr(recurrent, "call_of", lambda name, twins, module: lambda: twins.inputs[0])
     ratios = quick.of_padded(SMALL["packed"], "fwd+bwd")
     rows = sum(SMALL["packed"].lengths)
@@ -207,15 +216,24 @@ def test_rows_name_the_backends_of_each_pass_and_judge_the_goal(quick):
     assert {"grad_input", "grad_weight_hh_l0"} <= set(training["error"])
     assert (inference["met"], training["met"]) == (False, False)
     assert inference["goal"] == {"metric": "speedup", "value": 5.2}
+    weights = 12 * (4 + 4) + 2 * 12
+    assert inference["flop"] == 2 * 3 * 2 * 12 * (4 + 4)
+    assert inference["bytes"] == 4 * (3 * 2 * 4 + weights + 3 * 2 * 4 + 2 * 4)
+    assert training["peak_mib"]["ours"] > 0 and training["launch_us"] > 0
 
 
-def test_the_compiled_opponent_gives_what_stock_gives():
-    twins = recurrent.build(SMALL["RNN"], "cpu")
-    opponent = recurrent.RecurrentBenchmark("cpu", 0.0, versus="compile")
-    with torch.no_grad():
-        call, kernel = opponent.stock_call("fwd", twins)
-        assert kernel == "compiled"
-        torch.testing.assert_close(call()[0], twins.stock(twins.inputs[0])[0])
+@each_small
+def test_the_least_work_is_the_same_kind_of_call(case):
+    tiny = recurrent.one_step(case)
+    twins = recurrent.build(tiny, "cpu")
+    assert (tiny.mode, tiny.form, tiny.layers, tiny.directions) == (
+        case.mode,
+        case.form,
+        case.layers,
+        case.directions,
+    )
+    assert tiny.products("fwd") <= case.products("fwd")
+    assert twins.forward(twins.ours, twins.inputs)[0].isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------- end to end

@@ -97,6 +97,17 @@ def test_a_failed_write_leaves_the_old_file_whole_and_no_part_behind(tmp_path):
             "'pass' of row 0 is missing",
         ),
         ('{"schema": 1, "suite": "conv", "environment": {}, "rows": [3]}', "row 0 is a int"),
+        (
+            '{"schema": 1, "suite": "conv", "environment": {}, "rows": [{"case": "x", "pass": "fwd", '
+            '"allocator": "steady", "isa": "native"}]}',
+            "'stock' of row 0 is missing",
+        ),
+        (
+            '{"schema": 1, "suite": "conv", "environment": {}, "rows": [{"case": "x", "pass": "fwd", '
+            '"allocator": "steady", "isa": "native", "stock": {"median_ms": 1}, "ours": {"median_ms": 1}, '
+            '"speedup": {"median": "fast"}}]}',
+            "'median' of 'speedup' of row 0 is missing or no number",
+        ),
     ],
 )
 def test_a_corrupt_results_file_gives_one_clear_error(tmp_path, text, reason):
@@ -118,7 +129,8 @@ def test_the_newest_results_of_each_device_are_taken(tmp_path):
 
 
 def test_sweeps_and_compiled_opponents_are_not_taken_for_tables(tmp_path):
-    for year, fields in ((2024, {}), (2025, {"extent": "sweep"}), (2026, {"versus": "compile"})):
+    others = ({}, {"extent": "sweep"}, {"versus": "compile"}, {"extent": "quick", "left_out": 2})
+    for year, fields in enumerate(others, start=2024):
         document = made_up_results(made_up_row(), date=f"{year}-01-01T00:00:00+00:00", **fields)
         results.write(tmp_path / "cpu-test-2c" / f"{year}.json", document)
     (newest,) = results.newest_per_device("conv", tmp_path)
@@ -142,6 +154,40 @@ def test_the_file_of_a_run_names_its_suite_extent_and_opponent():
     assert name() == "2026-01-02-0123456789ab-conv.json"
     assert name(suite="recurrent", extent="sweep") == "2026-01-02-0123456789ab-recurrent-sweep.json"
     assert name(versus="compile") == "2026-01-02-0123456789ab-conv-compile.json"
+
+
+def test_every_committed_file_can_be_read():
+    paths = sorted(results.RESULTS.glob("*/*.json"))
+    assert len(paths) >= 10
+    assert all(results.load(path)["rows"] for path in paths)
+
+
+def test_suites_are_merged_with_the_ceilings_of_all():
+    conv = made_up_results(made_up_row(), wall_seconds=1.5, left_out=1)
+    recurrent = made_up_recurrent_results(made_up_recurrent_row(), wall_seconds=2.0, left_out=2)
+    for document, isa in ((conv, "native"), (recurrent, "native"), (recurrent, "avx2")):
+        variant = {"allocator": "steady", "isa": isa, "ceilings": document["environment"]["ceilings"]}
+        document["environment"]["variants"] += [variant]
+    merged = results.merged([conv, recurrent])
+    both = {"copy_gb_per_s": 20.0} | RECURRENT_CEILINGS
+    assert (merged["suite"], merged["left_out"], merged["wall_seconds"]) == ("all", 3, 3.5)
+    assert [(row["suite"], row["case"]) for row in merged["rows"]] == [
+        ("conv", "2-D k3"),
+        ("recurrent", "GRU T128 B16 H256 fp32"),
+    ]
+    assert merged["environment"]["ceilings"] == both
+    variants = merged["environment"]["variants"]
+    assert [(each["isa"], each["ceilings"]) for each in variants] == [
+        ("native", both),
+        ("avx2", RECURRENT_CEILINGS),
+    ]
+    assert conv["environment"]["ceilings"] == {"copy_gb_per_s": 20.0} and "suite" not in conv["rows"][0]
+    assert results.merged([conv]) is conv
+
+
+def test_ceilings_are_the_highest_that_were_measured():
+    slow, fast = ({"ceilings": {"copy_gb_per_s": speed}} for speed in (10.0, 12.0))
+    assert results.all_ceilings([slow, fast, {}]) == {"copy_gb_per_s": 12.0}
 
 
 def test_a_loss_needs_both_a_bad_ratio_and_lost_time():
@@ -171,6 +217,74 @@ def test_the_table_of_a_run_says_met_missed_and_failed(capsys):
     assert "2.00 [2.00-2.00]" in text and "LOSS" in text and ">= 1.5x" in text
     assert "FAILED bad [steady, native]: ValueError: no" in text
     assert "2 rows, 1 losses" in text and "goals met 1 of 2; 1 failed" in text
+
+
+def test_slower_than_stock_is_marked_and_counted(capsys):
+    interval = {"median": 0.98, "low": 0.97, "high": 0.99}
+    rows = [
+        made_up_row(case="lost", stock=1.0, ours=2.0),
+        made_up_row(case="a little", stock=1.0, ours=1.02, speedup=interval),
+        made_up_row(case="even", stock=1.0, ours=1.0),
+    ]
+    table.print_results(made_up_results(*rows))
+    lines = capsys.readouterr().out.splitlines()
+    marked = {name: next(line for line in lines if name in line) for name in ("lost", "a little", "even")}
+    assert "0.50 [0.50-0.50] LOSS" in marked["lost"]
+    assert "0.98 [0.97-0.99] slower" in marked["a little"]
+    assert "slower" not in marked["even"] and "LOSS" not in marked["even"]
+    assert "3 rows, 1 losses" in lines[-1] and "1 more slower than stock by less" in lines[-1]
+
+
+FULL = {
+    "peers": {
+        "compile": {"median_ms": 3.0, "speedup": {"median": 1.5, "low": 1.4, "high": 1.6}},
+        "openvino": {"absent": "not installed"},
+        "flex": {"failure": "RuntimeError"},
+    },
+    "roofline": {"intensity": 2.0, "bound": "memory", "share": 0.61},
+    "launch_us": 21.25,
+    "compile_s": 0.5,
+    "matches": True,
+    "peak_mib": {"ours": 2.0, "stock": 4.0},
+    "graph": {"speedup": {"median": 3.25}},
+}
+
+
+def test_the_table_holds_every_figure_and_every_peer(capsys):
+    table.print_results(made_up_results(made_up_row(**FULL), made_up_row(case="bare")))
+    titles, _, full, bare = (line for line in capsys.readouterr().out.splitlines()[2:6])
+    for title in ("stock ms (p20-p80)", "of roofline", "launch us", "compile s", "matches", "openvino"):
+        assert title in titles
+    for cell in ("4 [4-4]", "61% of memory", "21.2", "0.500", "yes", "3, 1.50x", "absent", "FAILED", "3.25"):
+        assert cell in full
+    assert bare.split().count("-") >= 8
+
+
+def test_a_middling_terminal_shows_the_more_important_columns():
+    document = made_up_results(made_up_row(**FULL))
+
+    def titles(width):
+        console = Console(width=width)
+        return [column.header for column in table.as_table(document, document["rows"], console).columns]
+
+    assert set(table.NARROW_COLUMNS) == set(titles(80)) < set(titles(220)) < set(titles(400))
+    assert not set(titles(220)) & set(table.WIDE_COLUMNS)
+    assert {"of roofline", "compile", "stock ms (p20-p80)"} <= set(titles(220))
+
+
+def test_a_gpu_is_named_with_its_clock_and_driver():
+    state = {"sm_mhz": 1980.0, "driver": "580.82"}
+    document = made_up_results(made_up_row(), gpu={"name": "Test GPU", "state": state})
+    assert table.heading(document).startswith("Test GPU at 1980.0 MHz, driver 580.82, 2 threads, torch")
+    assert table.heading(made_up_results(gpu={"name": "Old GPU"})).startswith("Old GPU, 2 threads")
+
+
+def test_a_run_of_one_suite_ends_with_its_time_alone():
+    document = made_up_results(made_up_row())
+    assert table.sum_up_all([document], 125.0) == "measured in 2 min 5 s"
+    both = [document, made_up_recurrent_results(made_up_recurrent_row())]
+    line = table.sum_up_all(both, 59.6)
+    assert line.startswith("conv, recurrent: 2 rows, 0 losses") and line.endswith("; measured in 1 min 0 s")
 
 
 def test_the_table_shows_the_columns_that_a_suite_fills(capsys):
@@ -260,6 +374,14 @@ def test_readme_speed_tables_put_allocators_beside_each_other(tmp_path):
     assert "| bad | failed | failed | failed |" in text
     assert readme.speed_section("conv", on_gpu=True, folder=tmp_path) == readme.NOT_MEASURED
     assert readme.speed_section("recurrent", on_gpu=False, folder=tmp_path) == readme.NOT_MEASURED
+
+
+def test_readme_speaks_of_shares_only_where_rows_have_them(tmp_path):
+    document = made_up_results(made_up_row())
+    document["environment"]["ceilings"] |= RECURRENT_CEILINGS
+    results.write(tmp_path / "cpu-test-2c" / "run.json", document)
+    text = readme.speed_section("conv", on_gpu=False, folder=tmp_path)
+    assert "**2.00x** |" in text and "torch.mm" not in text
 
 
 def test_readme_speed_tables_of_recurrent_layers_say_what_they_are_a_share_of(tmp_path):
