@@ -14,6 +14,7 @@ import pyarch
 from benchmarks.__main__ import parser as benchmarks_parser
 from pyarch import dispatch, hardware, native
 from pyarch.__main__ import _parser as pyarch_parser
+from pyarch.__main__ import main as pyarch_main
 
 OPERATOR = "readme"
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,34 @@ def test_readme_commands_parse(program, fewest):
             PARSERS[program]().parse_args(command)
         except SystemExit as stopped:
             pytest.fail(f"python -m {program} {shlex.join(command)} ends with {stopped.code}")
+
+
+# What makes a command of the README small enough for a test, and the package that it names.
+SMALLER = {"demo": ["--size", "tiny"], "compare": ["--seq", "8,16", "--batch", "2", "--width", "16"]}
+NET = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.Conv2d(4, 4, 3, groups=4))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands_of("pyarch"), ids=shlex.join)
+def test_readme_commands_of_pyarch_run(command, fast, tmp_path, monkeypatch, capsys):
+    if native.serving()[1]:
+        pytest.skip(native.serving()[1])
+    (tmp_path / "mypackage").mkdir()
+    (tmp_path / "mypackage" / "net.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("pyarch.layer_work.BUDGET_SECONDS", 0.0)
+    # Layers as small as these may be faster on torch's own operators, and nothing would be proven of ours.
+    with pyarch.backend("cpu"):
+        assert pyarch_main([*command, *SMALLER.get(command[0], [])]) == 0
+    written = {path.name for path in tmp_path.iterdir()} - {"mypackage"}
+    assert written == {word for word in command if word.endswith(".html")}
+    assert capsys.readouterr().out
 
 
 def test_readme_names_every_environment_variable():
