@@ -42,7 +42,7 @@ def _overview(demo: Demo) -> Iterator[Section]:
     }
     note = "torch's time over pyarch's, of the whole model. Step: forward and backward."
     names = [each.model for each in demo.shown]
-    yield Bars("Overview: speedup of each model", names, speedups, Axis("speedup", "x"), note)
+    yield Bars("Overview: speedup of each model", names, speedups, Axis("speedup", "x"), note, mark=1.0)
     columns = ["model", ">layers", "backend"]
     columns += [f">{name}{unit}" for name in passes for unit in (", torch ms", ", pyarch ms", " speedup")]
     formats = {column: "{:.2f}x" if "speedup" in column else "{:.3g}" for column in columns[3:]}

@@ -122,6 +122,15 @@ def test_page_lists_its_sections_where_they_are_many(count, listed):
     assert any(tag == "nav" for tag, _ in page.elements) == listed
 
 
+@pytest.mark.parametrize("count, folded", [(24, False), (25, True)])
+def test_page_folds_long_contents(count, folded):
+    page = reading(*[Prose(f"title {number}", []) for number in range(count)])
+    folds = [attributes for tag, attributes in page.elements if tag == "details"]
+    assert folds == ([{}] if folded else [])
+    assert (f"Contents ({count})" in page.texts) == folded
+    assert len([1 for tag, _ in page.elements if tag == "li"]) == count
+
+
 def test_page_without_numbers_says_so():
     page = reading(
         Bars("bars", [], {"stock": []}, MS),
@@ -152,6 +161,27 @@ def test_page_lines_stand_in_one_table_by_length():
 def test_page_bars_refuse_values_without_a_name():
     with pytest.raises(ValueError, match="bars 'time': 2 names, but 1 values of 'stock'"):
         Bars("time", ["a", "b"], {"stock": [1.0]}, MS)
+
+
+def test_page_bars_say_their_mark_in_their_table():
+    speedup, plain = Axis("speedup", "x"), Axis("ratio")
+    values = {"pyarch": [2.0]}
+    marked = Bars("bars", ["a"], values, speedup, mark=1.0)
+    assert reading(marked).drawings["0"]["mark"] == 1.0
+    assert marked.sheet().note == "speedup (x); the line in the chart is at 1 x"
+    assert (
+        Bars("bars", ["a"], values, plain, mark=0.75).sheet().note
+        == "ratio; the line in the chart is at 0.75"
+    )
+    unmarked = Bars("bars", ["a"], values, speedup)
+    assert reading(unmarked).drawings["0"]["mark"] is None and unmarked.sheet().note == "speedup (x)"
+
+
+@pytest.mark.parametrize("mark, log", [(math.nan, False), (math.inf, True), (0.0, True), (-1.0, True)])
+def test_page_bars_refuse_a_mark_that_has_no_place(mark, log):
+    with pytest.raises(ValueError, match=f"bars 'bars': no place for the mark {mark} on a "):
+        Bars("bars", ["a"], {"pyarch": [2.0]}, Axis("speedup", log=log), mark=mark)
+    assert Bars("bars", ["a"], {"pyarch": [2.0]}, Axis("change"), mark=-1.0).mark == -1.0
 
 
 def test_page_sheet_shows_numbers_by_their_format():

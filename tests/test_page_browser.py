@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -85,6 +86,18 @@ def file(tmp_path_factory):
     return path
 
 
+def seen(reader):
+    """The page after a reader saw all of it, back at its top."""
+    reader.page.evaluate("""async () => {
+        for (const place of document.querySelectorAll('.drawing')) {
+            place.scrollIntoView({ behavior: 'instant', block: 'center' });
+            while (!place.firstChild) await new Promise(requestAnimationFrame);
+        }
+        scrollTo({ top: 0, behavior: 'instant' });
+    }""")
+    return reader.page
+
+
 def section(number: int) -> str:
     return f"#section-{number}"
 
@@ -113,7 +126,7 @@ def map_picture(page) -> str:
 
 
 def test_page_browser_draws_every_chart_in_its_place(read, file):
-    page = read(file).page
+    page = seen(read(file))
     charts = page.locator(".chart .drawing svg")
     assert charts.count() == CHARTS - 1
     for number in range(CHARTS - 1):
@@ -125,7 +138,7 @@ def test_page_browser_draws_every_chart_in_its_place(read, file):
 
 
 def test_page_browser_charts_and_data_say_what_they_are(read, file):
-    page = read(file).page
+    page = seen(read(file))
     labels = page.eval_on_selector_all(
         ".drawing", "all => all.map(each => [each.getAttribute('role'), each.ariaLabel])"
     )
@@ -154,7 +167,7 @@ def test_page_browser_loads_nothing_and_allows_nothing(read, file):
 
 
 def test_page_browser_shows_hostile_names_as_text(read, file):
-    page = read(file).page
+    page = seen(read(file))
     assert page.title() == PAGE.title
     assert page.locator("h1").text_content() == PAGE.title
     assert page.locator("img").count() == 0
@@ -167,7 +180,7 @@ def test_page_browser_shows_hostile_names_as_text(read, file):
 
 
 def test_page_browser_tells_a_bar_under_the_pointer(read, file):
-    page = read(file).page
+    page = seen(read(file))
     page.locator(f"{section(2)} .drawing").scroll_into_view_if_needed()
     box = page.locator(f"{section(2)} .drawing").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.43)
@@ -178,7 +191,7 @@ def test_page_browser_tells_a_bar_under_the_pointer(read, file):
 
 
 def test_page_browser_sorts_by_click_and_by_keyboard(read, file):
-    page = read(file).page
+    page = seen(read(file))
 
     def sort(number, way):
         button = page.locator(f"{FEW} thead th:nth-child({number}) button")
@@ -201,7 +214,7 @@ def test_page_browser_sorts_by_click_and_by_keyboard(read, file):
 
 
 def test_page_browser_filters_long_sheets_only(read, file):
-    page = read(file).page
+    page = seen(read(file))
     assert page.locator(f"{FEW} .filter").count() == 0
     field, told = page.locator(f"{MANY} .filter input"), page.locator(f"{MANY} .filter output")
     assert told.text_content() == f"{LONG_SHEET} rows"
@@ -214,7 +227,7 @@ def test_page_browser_filters_long_sheets_only(read, file):
 
 
 def test_page_browser_sorts_a_long_sheet_quickly(read, file):
-    page = read(file).page
+    page = seen(read(file))
     seconds = page.evaluate("""() => {
         const start = performance.now();
         document.querySelector('#section-8 thead th:nth-child(2) button').click();
@@ -226,7 +239,7 @@ def test_page_browser_sorts_a_long_sheet_quickly(read, file):
 
 
 def test_page_browser_switches_layer_and_head(read, file):
-    page = read(file).page
+    page = seen(read(file))
     layer, head = page.locator(".layer"), page.locator(".head")
     said = page.locator(".heat-map figcaption")
     pictures = [map_picture(page)]
@@ -249,7 +262,7 @@ def test_page_browser_switches_layer_and_head(read, file):
 
 
 def test_page_browser_tells_the_weight_under_the_pointer(read, file):
-    page = read(file).page
+    page = seen(read(file))
     page.locator(".layer").select_option("alone")
     page.locator(".heat-map .drawing").scroll_into_view_if_needed()
     # The middle of query 3, key 1, as the chart itself places it.
@@ -267,7 +280,7 @@ def test_page_browser_tells_the_weight_under_the_pointer(read, file):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_browser_follows_the_system_and_the_button(read, file, scheme):
-    page = read(file, color_scheme=scheme).page
+    page = seen(read(file, color_scheme=scheme))
     ground = "getComputedStyle(document.body).backgroundColor"
     first, drawn, picture = page.evaluate(ground), fills(page), map_picture(page)
     dark = sum(map(int, first.removeprefix("rgb(").removesuffix(")").split(","))) < 3 * 128
@@ -283,7 +296,7 @@ def test_page_browser_follows_the_system_and_the_button(read, file, scheme):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_browser_keeps_enough_contrast(read, file, scheme):
-    page = read(file, color_scheme=scheme).page
+    page = seen(read(file, color_scheme=scheme))
     shares = page.evaluate("""() => {
         const light = (name) => {
             const [r, g, b] = colour(name).match(/\\d+/g).map(Number).map((value) => value / 255)
@@ -303,7 +316,7 @@ def test_page_browser_keeps_enough_contrast(read, file, scheme):
 
 
 def test_page_browser_fits_a_phone(read, file):
-    page = read(file, viewport=PHONE).page
+    page = seen(read(file, viewport=PHONE))
     page.eval_on_selector_all("details", "all => all.forEach(each => each.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     for box in page.eval_on_selector_all(
@@ -313,7 +326,7 @@ def test_page_browser_fits_a_phone(read, file):
 
 
 def test_page_browser_redraws_for_another_width_and_for_paper(read, file):
-    page = read(file, viewport={"width": 1200, "height": 800}, color_scheme="dark").page
+    page = seen(read(file, viewport={"width": 1200, "height": 800}, color_scheme="dark"))
     widths = "[...document.querySelectorAll('.drawing svg')].map(svg => svg.getBoundingClientRect().width)"
     dark = fills(page)
     page.set_viewport_size({"width": 600, "height": 800})
@@ -328,7 +341,7 @@ def test_page_browser_redraws_for_another_width_and_for_paper(read, file):
 
 
 def test_page_browser_hides_series_and_shows_all_bars(read, file):
-    page = read(file).page
+    page = seen(read(file))
     button = page.locator(f"{section(2)} .legend button").first
     before = page.locator(f"{section(2)} svg path").count()
     button.press("Enter")
@@ -341,7 +354,7 @@ def test_page_browser_hides_series_and_shows_all_bars(read, file):
 
 
 def test_page_browser_is_walked_by_keyboard(read, file):
-    page = read(file).page
+    page = seen(read(file))
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.keyboard.press("Enter")
@@ -357,3 +370,44 @@ def test_page_browser_shows_the_numbers_without_scripts(read, file):
     assert page.locator("noscript").is_visible()
     page.locator(f"{section(2)} summary").click()
     assert page.locator(f"{section(2)} table").is_visible()
+
+
+MARKED = [
+    Bars("below", ["a", "b"], {"stock": [0.5, 0.25], "mark": [0.1, 0.2]}, Axis("speedup", "x"), mark=1.0),
+    Bars("above", ["a", "b"], {"stock": [3.0, 2.0]}, Axis("speedup", "x"), mark=1.0),
+    Bars("logarithmic", ["a", "b"], {"stock": [30.0, 200.0]}, Axis("speedup", "x", log=True), mark=1.0),
+    Bars("none", ["a", "b"], {"stock": [1.5, 1.0]}, Axis("speedup", "x")),
+]
+
+
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 720}, PHONE])
+def test_page_browser_shows_the_mark_of_bars(read, tmp_path, viewport):
+    Page("marks", "lead", MARKED).write(tmp_path / "marks.html")
+    page = seen(read(tmp_path / "marks.html", viewport=viewport))
+    for number, bars in enumerate(MARKED):
+        line = page.locator(f"{section(number)} .drawing svg path[stroke-dasharray]")
+        label = page.locator(f"{section(number)} .drawing svg text", has_text=re.compile(r"^1 x$"))
+        assert line.count() == label.count() == (bars.mark is not None)
+        assert page.locator(f"{section(number)} .legend button").count() == len(bars.series)
+        if bars.mark is None:
+            continue
+        room, drawing = line.bounding_box(), page.locator(f"{section(number)} .drawing svg").bounding_box()
+        x = page.evaluate(
+            "number => echarts.getInstanceByDom(document.querySelector(`#section-${number} .drawing`))"
+            ".convertToPixel({ xAxisIndex: 0 }, 1)",
+            number,
+        )
+        assert abs(room["x"] + room["width"] / 2 - drawing["x"] - x) < 2 and room["height"] > 40
+        said = label.bounding_box()
+        assert said["y"] >= drawing["y"] and said["y"] + said["height"] <= room["y"] + 1
+        assert drawing["x"] < said["x"] < said["x"] + said["width"] <= drawing["x"] + drawing["width"]
+
+
+def test_page_browser_keeps_the_mark_of_hidden_bars(read, tmp_path):
+    Page("marks", "lead", MARKED[:1]).write(tmp_path / "marks.html")
+    page = seen(read(tmp_path / "marks.html"))
+    for button in page.locator(".legend button").all():
+        button.click()
+    page.wait_for_function("() => !document.querySelector(\".drawing svg path[fill='rgb(139,147,161)']\")")
+    assert page.locator(".drawing svg path[stroke-dasharray]").count() == 1
+    page.locator(".drawing").hover()

@@ -52,9 +52,11 @@ class Bars:
         series: as many values each as there are names, None where there is none.
         axis: of the values.
         note: a line under the title.
+        mark: a value that the bars are compared with, drawn as a thin line with its number.
 
     Raises:
-        ValueError: a series has more or fewer values than there are names.
+        ValueError: a series has more or fewer values than there are names, or the axis has no place for the
+            mark: it is not finite, or not positive where the axis is logarithmic.
     """
 
     title: str
@@ -62,6 +64,7 @@ class Bars:
     series: Mapping[str, Sequence[float | None]]
     axis: Axis
     note: str = ""
+    mark: float | None = None
 
     def __post_init__(self) -> None:
         for name, values in self.series.items():
@@ -69,6 +72,9 @@ class Bars:
                 raise ValueError(
                     f"bars {self.title!r}: {len(self.names)} names, but {len(values)} values of {name!r}"
                 )
+        if self.mark is not None and (not math.isfinite(self.mark) or (self.axis.log and self.mark <= 0)):
+            scale = "logarithmic" if self.axis.log else "linear"
+            raise ValueError(f"bars {self.title!r}: no place for the mark {self.mark} on a {scale} axis")
 
     def drawing(self) -> dict:
         return {
@@ -77,12 +83,18 @@ class Bars:
             "names": list(self.names),
             "series": [[name, rounded(values)] for name, values in self.series.items()],
             "axis": self.axis.drawing(),
+            "mark": rounded([self.mark])[0],
         }
 
     def sheet(self) -> Sheet:
         columns = ["", *(f">{name}" for name in self.series)]
         rows = list(zip(self.names, *self.series.values(), strict=True)) if self.series else []
-        return Sheet(self.title, columns, rows, self.axis.label)
+        marked = (
+            ""
+            if self.mark is None
+            else f"; the line in the chart is at {self.mark:.{DIGITS}g} {self.axis.unit}"
+        )
+        return Sheet(self.title, columns, rows, f"{self.axis.label}{marked}".rstrip())
 
 
 @dataclass(frozen=True)

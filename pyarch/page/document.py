@@ -22,7 +22,7 @@ from pyarch.page.texts import Facts, Prose, Sheet
 Section = Prose | Facts | Bars | Scatter | Lines | HeatMaps | Sheet
 CHARTS = (Bars, Scatter, Lines, HeatMaps)
 ECHARTS = "vendor/echarts.min.js"
-SCRIPTS = ("theme.js", "numbers.js", "charts.js", "heat_maps.js", "sheets.js", "start.js")
+SCRIPTS = ("theme.js", "numbers.js", "charts.js", "heat_maps.js", "figures.js", "sheets.js", "start.js")
 # Fewer sections are seen at a glance.
 FEWEST_LISTED = 4
 

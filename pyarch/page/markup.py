@@ -12,15 +12,19 @@ from pyarch.page.texts import Cell, Facts, Prose, Sheet
 
 # Fewer rows are seen at a glance.
 FEWEST_FILTERED = 13
+MOST_LISTED_OPEN = 24
 
 
 def contents(sections: Sequence[object]) -> str:
-    """The list of the sections at the top of a page."""
+    """The list of the sections at the top of a page, folded where it is long."""
     entries = "".join(
         f'<li><a href="#section-{number}">{escape(each.title)}</a></li>'
         for number, each in enumerate(sections)
     )
-    return f'<nav class="contents" aria-label="Contents"><ol>{entries}</ol></nav>'
+    listed = f"<ol>{entries}</ol>"
+    if len(sections) > MOST_LISTED_OPEN:
+        listed = f"<details><summary>Contents ({len(sections)})</summary>{listed}</details>"
+    return f'<nav class="contents" aria-label="Contents">{listed}</nav>'
 
 
 def section(given: object, number: int) -> str:

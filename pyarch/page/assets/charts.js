@@ -7,6 +7,7 @@ const BAR = 13;
 const NARROW = 560; // pixels; names stand above their bars where there are fewer
 const NAME_HEIGHT = 18;
 const NAME_SIZE = 12;
+const MARK_HEIGHT = 10; // above the bars, for what the mark says
 const X_NAME_GAP = 28;
 const Y_NAME_GAP = 14;
 
@@ -17,7 +18,7 @@ function frame(drawing, tooltip) {
     textStyle: { fontFamily: fontOf(document.body), color: colour("ink") },
     aria: { enabled: true, label: { description: describe(drawing) } },
     legend: { show: false },
-    grid: { left: 8, right: 24, top: 12, bottom: 8, outerBoundsMode: "same", outerBoundsContain: "all" },
+    grid: { left: 8, right: 24, top: 12 + markRoom(drawing), bottom: 8, outerBoundsMode: "same", outerBoundsContain: "all" },
     tooltip: {
       confine: true,
       transitionDuration: 0,
@@ -31,8 +32,13 @@ function frame(drawing, tooltip) {
 
 function describe(drawing) {
   const names = drawing.series.map(([name]) => name).join(", ");
+  const marked = hasMark(drawing) ? `, with a line at ${withUnit(drawing.mark, drawing.axis)}` : "";
   const what = drawing.kind === "bars" ? drawing.axis.label : `${drawing.y.label} over ${drawing.x.label}`;
-  return `${drawing.title}: ${drawing.kind} of ${what} for ${names}. The numbers stand in the table that follows.`;
+  return `${drawing.title}: ${drawing.kind} of ${what} for ${names}${marked}. The numbers stand in the table that follows.`;
+}
+
+function hasMark(drawing) {
+  return drawing.kind === "bars" && drawing.mark !== null;
 }
 
 function fontOf(place) {
@@ -81,7 +87,7 @@ function barOptions(drawing, width, whole) {
   const room = above ? width - 40 : width * 0.38;
   const font = `${NAME_SIZE}px ${fontOf(document.body)}`;
   const stack = drawing.series.length * (BAR + 2);
-  const values = drawing.series.flatMap(([, each]) => each.slice(0, count)).filter((value) => value !== null);
+  const values = drawing.series.flatMap(([, each]) => each.slice(0, count)).concat(drawing.mark).filter((value) => value !== null);
   const tip = (points) =>
     element("div", "tip", element("strong", "", drawing.names[points[0].dataIndex]), ...drawing.series.map(([name, each]) =>
       element("div", "", element("span", "", name), element("span", "", withUnit(each[points[0].dataIndex], drawing.axis)))));
@@ -113,13 +119,36 @@ function barOptions(drawing, width, whole) {
       label: { show: true, position: "right", color: colour("quiet"), fontSize: 11, formatter: ({ value }) => shown(value, 3) },
       labelLayout: { hideOverlap: true },
       emphasis: { disabled: true },
-    })),
+    })).concat(hasMark(drawing) ? markSeries(drawing) : []),
   };
+}
+
+/** The line that bars are compared with. A series of its own, which no bar hides; its point widens the axis. */
+function markSeries(drawing) {
+  return {
+    type: "scatter",
+    data: [[drawing.mark, 0]],
+    symbolSize: 0,
+    silent: true,
+    tooltip: { show: false },
+    z: 4,
+    markLine: {
+      silent: true,
+      symbol: "none",
+      lineStyle: { color: colour("ink"), width: 1, type: "dashed" },
+      label: { position: "start", formatter: withUnit(drawing.mark, drawing.axis), color: colour("ink"), fontSize: 11, distance: 3 },
+      data: [{ xAxis: drawing.mark }],
+    },
+  };
+}
+
+function markRoom(drawing) {
+  return hasMark(drawing) ? MARK_HEIGHT : 0;
 }
 
 function barHeight(drawing, width, whole) {
   const count = whole ? drawing.names.length : Math.min(MOST_GROUPS, drawing.names.length);
-  return 70 + count * (drawing.series.length * (BAR + 2) + 12 + (width < NARROW ? NAME_HEIGHT : 0));
+  return 70 + markRoom(drawing) + count * (drawing.series.length * (BAR + 2) + 12 + (width < NARROW ? NAME_HEIGHT : 0));
 }
 
 /** Bars on a logarithmic axis begin at its left end, which lies below the least value. */
@@ -195,15 +224,15 @@ function lineOptions(drawing) {
 }
 
 /** The buttons above a chart that show and hide its series, each with the mark of its series. */
-function fillLegend(legend, chart, options, hidden) {
-  const buttons = options.series.map((series) => {
+function fillLegend(legend, options, hidden, toggle) {
+  const buttons = options.series.filter((series) => "name" in series).map((series) => {
     const button = element("button", "", mark(series), element("span", "", series.name));
     button.type = "button";
     button.setAttribute("aria-pressed", String(!hidden.has(series.name)));
     button.addEventListener("click", () => {
       if (!hidden.delete(series.name)) hidden.add(series.name);
       button.setAttribute("aria-pressed", String(!hidden.has(series.name)));
-      chart.dispatchAction({ type: "legendToggleSelect", name: series.name });
+      toggle(series.name);
     });
     return button;
   });

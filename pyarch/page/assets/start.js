@@ -1,100 +1,67 @@
-// Brings the page to life: every drawing drawn, redrawn when its width or the theme changes, and for print.
+// Brings the page to life: every figure drawn when it comes near the view, all for print, and what is drawn is
+// drawn anew when its width or the theme changes.
 
+const NEAR = 300; // pixels from the view
 const PRINTED_WIDTH = 680;
-const OPTIONS = { bars: barOptions, scatter: scatterOptions, lines: lineOptions };
-
-/** Start the chart in a figure; returns the function that draws it anew, for a width where one is given. */
-function startChart(figure, drawing) {
-  const place = figure.querySelector(".drawing");
-  const hidden = new Set();
-  let whole = false;
-  const chart = echarts.init(place, null, { renderer: "svg", width: 100, height: 100 });
-  const draw = (width = place.clientWidth) => {
-    const height = drawing.kind === "bars" ? barHeight(drawing, width, whole) : Math.max(300, Math.min(440, width * 0.6));
-    const options = OPTIONS[drawing.kind](drawing, width, whole);
-    options.legend.selected = Object.fromEntries(Array.from(hidden, (name) => [name, false]));
-    chart.resize({ width, height });
-    chart.setOption(options, { notMerge: true });
-    fillLegend(figure.querySelector(".legend"), chart, options, hidden);
-  };
-  if (drawing.kind === "bars" && drawing.names.length > MOST_GROUPS) {
-    const more = element("button", "more", `Show all ${drawing.names.length}`);
-    more.type = "button";
-    more.addEventListener("click", () => {
-      whole = !whole;
-      more.textContent = whole ? `Show the first ${MOST_GROUPS}` : `Show all ${drawing.names.length}`;
-      draw();
-    });
-    figure.append(more);
-  }
-  return draw;
-}
-
-/** Start the choosers and the map of a figure; returns the function that draws it anew. */
-function startHeatMap(figure, drawing) {
-  const place = figure.querySelector(".drawing");
-  const [layers, heads] = [figure.querySelector(".layer"), figure.querySelector(".head")];
-  const details = figure.parentElement.querySelector(".map-data");
-  const chart = echarts.init(place, null, { renderer: "canvas", width: 100, height: 100 });
-  const layer = () => drawing.layers[layers.selectedIndex];
-  const head = () => layer().heads[heads.selectedIndex];
-  const fillHeads = () => {
-    const kept = heads.value;
-    heads.replaceChildren(...layer().heads.map(([name]) => element("option", "", name)));
-    if (layer().heads.some(([name]) => name === kept)) heads.value = kept;
-  };
-  const fillTable = () => {
-    if (details.open) fillMapTable(details.querySelector(".box"), drawing, layer(), head());
-  };
-  const draw = (width = place.clientWidth) => {
-    chart.resize({ width, height: heatMapHeight(layer(), width) });
-    chart.setOption(heatMapOptions(drawing, layer(), head()), { notMerge: true });
-    const { name, rows, columns, row_step, column_step } = layer();
-    const blocks = row_step > 1 || column_step > 1 ? `, a cell is the largest of ${row_step} by ${column_step}` : "";
-    figure.querySelector("figcaption").textContent = `${name}, ${head()[0]}: ${rows} by ${columns} weights${blocks}.`;
-    fillTable();
-  };
-  layers.addEventListener("change", () => {
-    fillHeads();
-    draw();
-  });
-  heads.addEventListener("change", () => draw());
-  details.addEventListener("toggle", fillTable);
-  fillHeads();
-  return draw;
-}
 
 const drawings = JSON.parse(document.getElementById("drawings").textContent);
-const drawn = Array.from(document.querySelectorAll("[data-drawing]"), (figure) => {
+const figures = Array.from(document.querySelectorAll("[data-drawing]"), (figure) => {
   const drawing = drawings[figure.dataset.drawing];
-  const draw = drawing.kind === "heat maps" ? startHeatMap(figure, drawing) : startChart(figure, drawing);
-  return { place: figure.querySelector(".drawing"), draw, width: null };
+  return { width: 0, ...(drawing.kind === "heat maps" ? heatMapFigure : chartFigure)(figure, drawing) };
 });
+const figureAt = new Map(figures.map((figure) => [figure.place, figure]));
 
-startTheme(() => drawn.forEach(({ draw }) => draw()));
+/** Prepare figures for the widths they have, or for the one given, and draw again those that were drawn. */
+function renew(some, given) {
+  // Every width is read before the first change, or each change would lay out the page again.
+  for (const figure of some) figure.width = Math.floor(figure.place.getBoundingClientRect().width);
+  for (const figure of some) {
+    figure.prepare(given ?? figure.width);
+    if (figure.isDrawn()) figure.show();
+  }
+}
+
+function draw(some) {
+  for (const figure of some) if (!figure.isDrawn()) figure.show();
+}
+
+startTheme(() => renew(figures));
 document.querySelectorAll(".sheet").forEach(startSheet);
 
+if ("IntersectionObserver" in window) {
+  const nearing = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (!isIntersecting) continue;
+      nearing.unobserve(target);
+      draw([figureAt.get(target)]);
+    }
+  }, { rootMargin: `${NEAR}px 0px` });
+  for (const { place } of figures) nearing.observe(place);
+} else {
+  draw(figures);
+}
+
 const watcher = new ResizeObserver((entries) => {
-  for (const { target, contentRect } of entries) {
-    const each = drawn.find(({ place }) => place === target);
-    // The first report comes with the start, where all is drawn already; a window of no width shows nothing.
-    if (contentRect.width === 0 || contentRect.width === each.width) continue;
-    if (each.width !== null) each.draw();
-    each.width = contentRect.width;
-  }
+  const changed = entries.filter(({ target, contentRect }) => {
+    const width = Math.floor(contentRect.width);
+    // A window of no width shows nothing.
+    return width !== 0 && width !== figureAt.get(target).width;
+  });
+  renew(changed.map(({ target }) => figureAt.get(target)));
 });
-drawn.forEach(({ place }) => watcher.observe(place));
+for (const { place } of figures) watcher.observe(place);
 
 // Paper is white and narrower than the screen.
 addEventListener("beforeprint", () => {
   const root = document.documentElement;
   root.dataset.screen = root.dataset.theme ?? "";
   root.dataset.theme = "light";
-  drawn.forEach(({ draw }) => draw(PRINTED_WIDTH));
+  renew(figures, PRINTED_WIDTH);
+  draw(figures);
 });
 addEventListener("afterprint", () => {
   const root = document.documentElement;
   if (root.dataset.screen) root.dataset.theme = root.dataset.screen;
   else delete root.dataset.theme;
-  drawn.forEach(({ draw }) => draw());
+  renew(figures);
 });

@@ -30,7 +30,7 @@ function isDark() {
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
-/** Start the button, and call `changed` whenever the colours are others. */
+/** Start the button, and call `changed` now and whenever the colours are others. */
 function startTheme(changed) {
   const button = document.querySelector("button.theme");
   const show = () => {
