@@ -14,9 +14,9 @@ from benchmarks.copy_speed import CopySpeed
 from benchmarks.goals import is_met
 from benchmarks.matmul_speed import MatmulSpeed
 from benchmarks.measure import Rounds, Timer, cpu_timer, paired_times, spread, summary
-from benchmarks.peak_memory import peak_bytes
 from benchmarks.roofline import minimum_bytes, rates, roofline
 from benchmarks.twins import Twins, call_of
+from pyarch.peak_memory import peak_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = {"fwd": ("forward",), "bwd": ("backward",), "fwd+bwd": ("forward", "backward")}
@@ -88,8 +88,8 @@ class Benchmark(ABC):
             peers = prepared(self.peers, twins, pass_name, case, check.exact)
             rounds, peers = self.beside_peers({"stock": stock, "ours": ours}, peers)
             peak = {
-                "stock": peak_bytes(stock, self.device) / MIB,
-                "ours": peak_bytes(ours, self.device) / MIB,
+                "stock": peak_bytes(stock, torch.device(self.device)) / MIB,
+                "ours": peak_bytes(ours, torch.device(self.device)) / MIB,
             }
             on_gpu = self.on_gpu(pass_name, stock, ours)
         outputs = [check.exact[name].numel() for name in twins.outputs]

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks import peers
+from benchmarks.check import is_broken
 from benchmarks.measure import Rounds, spread, summary
-from benchmarks.suites import Absent, reason_of
+from benchmarks.suites import Absent, WrongResult, reason_of
 from benchmarks.twins import Results, Twins
 from pyarch import tolerance
 
@@ -44,11 +45,13 @@ def prepared(names: Sequence[str], twins: Twins, pass_name: str, case, exact: Re
     for name in names:
         try:
             peer = peers.prepare(name, twins, pass_name, case)
-            outputs = zip(twins.outputs, peer.outputs(), strict=False)
-            error = max(tolerance.error(output.detach(), exact[result]) for result, output in outputs)
+            outputs = dict(zip(twins.outputs, peer.outputs(), strict=False))
+            error = max(tolerance.error(output, exact[result]) for result, output in outputs.items())
             peer.call()
             if not math.isfinite(error):
                 raise ArithmeticError("its output is not finite, or of another shape")
+            if any(is_broken(output, exact[result]) for result, output in outputs.items()):
+                raise WrongResult(f"its error is {error:.3e}")
         except Absent as absence:
             found.others[name] = {"absent": str(absence)}
         except Exception as failure:

@@ -58,6 +58,8 @@ def measured_suites(plans: list[Settings], machine: Machine, shown: bool) -> tup
             documents.append(document)
             if shown:
                 print_results(document)
+        for row in () if document["environment"] else document["rows"]:
+            print(f"FAILED {settings.suite_name}, {row['case']}: {row['failure']}", file=sys.stderr)
         if interrupted:
             break
     return documents, interrupted

@@ -6,10 +6,11 @@ threads were placed and what the neighbours did. With c the logarithm of new spe
 
     variance(c) = s_old^2 + s_new^2 + t^2,    s = (log high - log low) / (2 * 1.96)
 
-where t, the spread between processes, is 1.48 times the median distance of a suite's c from their median. A
-row has moved when its intervals are disjoint, c is at least LEAST_CHANGE, and c is beyond what the largest of
-as many rows reaches by chance. What moved by less shows in the group: the pseudomedian of all c and its
-interval, as in Wilcoxon's signed-rank test (Hodges, Lehmann 1963, doi:10.1214/aoms/1177704172).
+where t, the spread between processes, is 1.48 times the median distance of a suite's c from their median,
+within bounds: where many rows truly changed, that distance is no noise, and would hide the others. A row has
+moved when its intervals are disjoint, c is at least LEAST_CHANGE, and c is beyond what the largest of as many
+rows reaches by chance. What moved by less shows in the group: the pseudomedian of all c and its interval, as
+in Wilcoxon's signed-rank test (Hodges, Lehmann 1963, doi:10.1214/aoms/1177704172).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.results import ResultsError
+from benchmarks.results import ResultsError, is_beside_stock
 
 NORMAL = NormalDist()
 Z_95 = NORMAL.inv_cdf(0.975)
@@ -36,6 +37,8 @@ LEAST_CHANGE = math.log(1.05)
 # Two processes on a quiet machine: never less, and this much where a suite has too few rows to tell.
 LEAST_SPREAD = 0.02
 ASSUMED_SPREAD = 0.03
+# Committed runs of a busy machine differ by 0.05 to 0.17; with this bound one of their rows is marked.
+MOST_SPREAD = 0.08
 FEWEST_ROWS = 8
 # From the median distance from the median to the standard deviation.
 TO_DEVIATION = 1.4826
@@ -87,13 +90,17 @@ class Shift:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a comparison found. `only_old`, `only_new`: rows that the other run lacks or could not measure."""
+    """What a comparison found of two runs.
+
+    `only_old`, `only_new`: rows that the other run lacks or could not measure. `runs`: what either is of.
+    """
 
     rows: list[Change]
     shifts: list[Shift]
     spreads: dict[str, float]
     only_old: list[Key]
     only_new: list[Key]
+    runs: tuple[str, str]
 
     @property
     def slower(self) -> list[tuple[str, str, str]]:
@@ -118,14 +125,15 @@ class Changes:
         ]
         for words, keys in (("the old run", self.only_old), ("the new run", self.only_new)):
             lines += [f"only in {words}: {' | '.join(key)}" for key in keys]
+        lines += [f"{name} run: {words}" for name, words in zip(("old", "new"), self.runs, strict=True)]
         return [Text(line) for line in lines]
 
 
 def compare(old: dict, new: dict, force: bool = False) -> Changes:
     """Compare two results documents row by row and suite by suite.
 
-    Raises ResultsError when they are of different devices, threads or instruction sets without `force`, or
-    have no measured row in common.
+    Raises ResultsError when they are of different devices, threads or instruction sets, or beside another
+    stock, without `force`; or have no measured row in common.
     """
     if not force:
         refuse_unlike(old, new)
@@ -143,28 +151,31 @@ def compare(old: dict, new: dict, force: bool = False) -> Changes:
         spreads,
         [key for key in olds if key not in news],
         [key for key in news if key not in olds],
+        (facts_of(old), facts_of(new)),
     )
 
 
-def below(document: dict, bound: float) -> list[dict]:
-    """The measured rows whose whole interval of the speedup over stock lies below `bound`.
+def facts_of(document: dict) -> str:
+    """What a run is of: a newer torch moves speedups too, and changed files are in no commit."""
+    environment = document["environment"]
+    dirty = " with changes" if environment.get("dirty") else ""
+    commit = str(environment.get("commit"))[:12]
+    return f"commit {commit}{dirty}, torch {environment.get('torch')}, {environment.get('date')}"
 
-    A row whose stock side is our own call on an easier problem has no such speedup, nor has the overhead of a
-    tiny call, which has a goal in microseconds.
-    """
+
+def below(document: dict, bound: float) -> list[dict]:
+    """The measured rows whose whole interval of the speedup over stock lies below `bound`."""
     return [
         row
         for row in document["rows"]
-        if not row.get("failure")
-        and "opponent_share" not in row
-        and "added_us" not in row
-        and row["speedup"]["high"] < bound
+        if not row.get("failure") and is_beside_stock(row) and row["speedup"]["high"] < bound
     ]
 
 
 def refuse_unlike(old: dict, new: dict) -> None:
-    for name, words in SAME:
-        before, after = (document["environment"].get(name) for document in (old, new))
+    facts = [(words, *(document["environment"].get(name) for document in (old, new))) for name, words in SAME]
+    facts.append(("opponents", *(document.get("versus", "eager") for document in (old, new))))
+    for words, before, after in facts:
         if before != after:
             raise ResultsError(
                 f"the runs are of different {words}, {before} and {after}: their speedups do not compare; "
@@ -195,7 +206,7 @@ def spread_between(changes: Sequence[Change]) -> float:
     middle = median(ratios)
     deviation = TO_DEVIATION * median(abs(ratio - middle) for ratio in ratios)
     within = median(deviation_within(change) for change in changes)
-    return max(LEAST_SPREAD, math.sqrt(max(0.0, deviation**2 - within**2)))
+    return min(MOST_SPREAD, max(LEAST_SPREAD, math.sqrt(max(0.0, deviation**2 - within**2))))
 
 
 def deviation_within(change: Change) -> float:

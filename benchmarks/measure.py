@@ -1,7 +1,8 @@
 """Time callables against each other, in turn, in one process; and the statistics of such rounds.
 
 Absolute times drift on shared machines, ratios of neighbours far less: each round runs every callable once,
-one after the other, another one first each time; a speedup is the median of two's ratios, round by round.
+one after the other, another one first each time, and backward every other time around, so that none always
+follows the same one; a speedup is the median of two's ratios, round by round.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ def paired_times(
         deadline = time.perf_counter() + budget_seconds
         done = 0
         while done < MIN_PAIRS or (time.perf_counter() < deadline and done < MAX_PAIRS):
-            first = done % len(names)
-            for name in names[first:] + names[:first]:
+            first, is_backward = done % len(names), done // len(names) % 2
+            order = names[first:] + names[:first]
+            for name in reversed(order) if is_backward else order:
                 before = page_faults()
                 seconds[name].append(timer(calls[name], repeats[name]))
                 faults[name] += page_faults() - before

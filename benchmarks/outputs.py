@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,13 @@ class Outputs:
 
     def prepare(self) -> None:
         """Make the folders. Raises ResultsError where nothing can be written, before hours were measured."""
-        folders = [Path(path).parent for path in (self.json, self.csv, self.html) if path]
+        files = [Path(path) for path in (self.json, self.csv, self.html) if path]
+        for path in files:
+            if path.is_dir():
+                raise results.ResultsError(f"cannot write results: {path} is a folder")
+        if self.plot and not importlib.util.find_spec("matplotlib"):
+            raise results.ResultsError("cannot draw: needs matplotlib, pip install '.[plots]'")
+        folders = [path.parent for path in files]
         for folder in [*folders, *([Path(self.plot)] if self.plot else [])]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)

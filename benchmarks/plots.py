@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import results
 from benchmarks.environment import ROOT, cpu_words
+from benchmarks.results import is_beside_stock
 from benchmarks.suites import SUITES
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def write(folder: str | Path, documents: Sequence[dict]) -> list[Path]:
             for name, figure in figures_of(document):
                 for extension, metadata in FORMATS.items():
                     path = folder / f"{name}.{extension}"
-                    figure.savefig(path, dpi=DOTS_PER_INCH, metadata=metadata)
+                    with results.replacing(path) as temporary:
+                        figure.savefig(temporary, format=extension, dpi=DOTS_PER_INCH, metadata=metadata)
                     paths.append(path)
     return paths
 
@@ -61,7 +63,7 @@ def figures_of(document: dict) -> Iterator[tuple[str, Figure]]:
     device = document["environment"]["device"]
     for suite in suites_of(document):
         rows = timed_rows(document, suite)
-        beside_stock = [row for row in rows if "opponent_share" not in row]
+        beside_stock = [row for row in rows if is_beside_stock(row)]
         if beside_stock:
             yield f"{device}-{suite}-speedup", speedup_figure(document, suite, beside_stock)
         if any("roofline" in row for row in rows):
@@ -81,6 +83,11 @@ def timed_rows(document: dict, suite: str) -> list[dict]:
     ]
     first = measured[0] if measured else {}
     return [row for row in measured if all(row[name] == first[name] for name in ("allocator", "isa"))]
+
+
+def is_slower(row: dict) -> bool:
+    """Slower than torch, where torch stands on the other side."""
+    return is_beside_stock(row) and row["speedup"]["median"] < 1
 
 
 def speedup_figure(document: dict, suite: str, rows: Sequence[dict]) -> Figure:
@@ -108,7 +115,7 @@ def speedup_figure(document: dict, suite: str, rows: Sequence[dict]) -> Figure:
     axes.grid(axis="x", color=FAINT, alpha=0.3)
     axes.set_axisbelow(True)
     axes.set_xlabel("times faster than torch, paired in one run (logarithmic); the line at 1x is torch")
-    slower = sum(row["speedup"]["median"] < 1 for row in rows)
+    slower = sum(map(is_slower, rows))
     handles = [Patch(color=COLOURS[name], label=PASS_WORDS[name]) for name in passes]
     handles += [Patch(color=SLOWER, label=f"slower than torch ({slower} of {len(rows)})")] * (slower > 0)
     handles.append(Line2D([], [], color=GOAL, marker="|", linestyle="", markersize=9, label="goal"))
@@ -120,8 +127,8 @@ def speedup_figure(document: dict, suite: str, rows: Sequence[dict]) -> Figure:
 
 def draw_bar(axes, place: float, thickness: float, row: dict) -> None:
     speedup = row["speedup"]
-    is_slower = speedup["median"] < 1
-    colour = SLOWER if is_slower else COLOURS[row["pass"]]
+    marked = is_slower(row)
+    colour = SLOWER if marked else COLOURS[row["pass"]]
     axes.barh(place, speedup["median"] - 1.0, left=1.0, height=thickness * 0.9, color=colour)
     axes.plot([speedup["low"], speedup["high"]], [place, place], color=INK, linewidth=0.9, alpha=0.7)
     goal = row.get("goal")
@@ -137,8 +144,8 @@ def draw_bar(axes, place: float, thickness: float, row: dict) -> None:
         textcoords="offset points",
         va="center",
         fontsize=6.5,
-        color=SLOWER if is_slower else INK,
-        fontweight="bold" if is_slower else "normal",
+        color=SLOWER if marked else INK,
+        fontweight="bold" if marked else "normal",
     )
 
 

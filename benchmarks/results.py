@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SCHEMA = 1
@@ -19,27 +22,34 @@ class ResultsError(ValueError):
     """A results file that cannot be used; its text names the file, the fault and the way out."""
 
 
-def write(path: str | Path, results: dict) -> None:
-    """Write `results` as JSON under `path`: to a temporary neighbour first, then renamed over it."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` to write to: renamed over it at the end, removed where that fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(results, stream, indent=1, allow_nan=False)
-            stream.write("\n")
-        os.chmod(temporary, 0o644)
+        yield temporary
+        temporary.chmod(0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path: str | Path, results: dict) -> None:
+    """Write `results` as JSON under `path`, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        json.dump(results, stream, indent=1, allow_nan=False)
+        stream.write("\n")
 
 
 def load(path: str | Path) -> dict:
     """Read a results file. Raises ResultsError when missing, corrupt, of another schema or incomplete."""
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise fault(path, f"not readable as JSON ({error})") from error
     if not isinstance(results, dict):
         raise fault(path, f"holds a {type(results).__name__}, needs an object")
@@ -65,8 +75,10 @@ def check_figures(path: str | Path, row: dict, where: str) -> None:
     for name, figures in REQUIRED_IN_MEASURED_ROW.items():
         check_fields(path, row, {name: dict}, where)
         for figure in figures.split():
-            if not isinstance(row[name].get(figure), (int, float)):
-                raise fault(path, f"{figure!r} of {name!r} of {where} is missing or no number")
+            value = row[name].get(figure)
+            # JSON as Python reads it may hold NaN and infinities.
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise fault(path, f"{figure!r} of {name!r} of {where} is missing or no number above 0")
 
 
 def fault(path: str | Path, reason: str) -> ResultsError:
@@ -76,10 +88,15 @@ def fault(path: str | Path, reason: str) -> ResultsError:
 
 
 def default_path(document: dict) -> Path:
-    """Where a run is committed: results/<device>/<date>-<commit>-<suite>[-sweep][-quick][-compile].json."""
+    """Where a run is committed: results/<device>/<date>-<commit>-<suite>[-sweep][-quick][-compile].json.
+
+    Instead of "quick" stands "part" where other cases were left out, or an interrupt ended the run.
+    """
     environment = document["environment"]
     words = [environment["date"][:10], environment["commit"][:12], document["suite"]]
-    words += ["sweep"] * (document["extent"] == "sweep") + ["quick"] * bool(document.get("left_out"))
+    words += ["sweep"] * (document["extent"] == "sweep")
+    if not is_whole(document):
+        words.append("part" if document.get("interrupted") or document["extent"] != "quick" else "quick")
     words += ["compile"] * (document["versus"] == "compile")
     return RESULTS / environment["device"] / f"{'-'.join(words)}.json"
 
@@ -103,8 +120,22 @@ def newest_per_device(suite: str, folder: Path = RESULTS) -> list[dict]:
 
 def is_table(document: dict) -> bool:
     """Whether a document holds the suite's whole table, against torch as it runs by default."""
-    is_whole = document.get("extent") != "sweep" and not document.get("left_out")
-    return is_whole and document.get("versus", "eager") == "eager"
+    is_default = document.get("extent") != "sweep" and document.get("versus", "eager") == "eager"
+    return is_default and is_whole(document)
+
+
+def is_whole(document: dict) -> bool:
+    """Whether nothing was left out, by choice or by an interrupt."""
+    return not document.get("left_out") and not document.get("interrupted")
+
+
+def is_beside_stock(row: dict) -> bool:
+    """Whether a measured row's speedup is over torch on the same call.
+
+    It is not where our own call on an easier problem stands on the stock side, nor means it anything of the
+    call that is too small to matter, which has a goal in microseconds.
+    """
+    return "opponent_share" not in row and "added_us" not in row
 
 
 def merged(documents: list[dict]) -> dict:
@@ -123,6 +154,7 @@ def merged(documents: list[dict]) -> dict:
     return first | {
         "suite": ALL,
         "left_out": sum(each.get("left_out", 0) for each in documents),
+        "interrupted": any(each.get("interrupted") for each in documents),
         "environment": environment,
         "rows": [{"suite": each["suite"]} | row for each in documents for row in each["rows"]],
         "wall_seconds": round(sum(each.get("wall_seconds", 0.0) for each in documents), 1),

@@ -7,7 +7,8 @@ from functools import partial
 
 from benchmarks.environment import cpu_words
 from benchmarks.goals import goal_text
-from benchmarks.plots import PASS_WORDS, roofs, suites_of, timed_rows
+from benchmarks.plots import PASS_WORDS, is_slower, roofs, suites_of, timed_rows
+from benchmarks.results import is_beside_stock
 from benchmarks.table import ceiling_words
 from pyarch.page import Axis, Bars, Facts, Page, Point, Scatter, Sheet
 
@@ -46,10 +47,12 @@ def title_of(document: dict) -> str:
 def facts(environment: dict) -> Facts:
     """Where and with what the figures were measured."""
     gpu, cpu = environment.get("gpu"), environment.get("cpu")
+    state = (gpu or {}).get("state") or {}
     dirty = ", with uncommitted changes" if environment.get("dirty") else ""
     pairs = {
         "device": gpu["name"] if gpu else cpu_words(cpu) if cpu else environment.get("device"),
-        "driver": gpu and gpu.get("driver"),
+        "driver": state.get("driver"),
+        "clock at the start": state.get("sm_mhz") and f"{state['sm_mhz']:g} MHz",
         "results of": environment.get("device"),
         "threads": environment.get("threads"),
         "cores": ", ".join(map(str, environment.get("affinity") or ())),
@@ -66,7 +69,7 @@ def facts(environment: dict) -> Facts:
 
 def speedups(document: dict, suite: str, rows: Sequence[Row]) -> Iterator[Bars]:
     """A bar a case and pass; what has our own call on the stock side is no speedup over torch."""
-    beside_stock = [row for row in rows if "opponent_share" not in row]
+    beside_stock = [row for row in rows if is_beside_stock(row)]
     if beside_stock:
         slower = sum(map(is_slower, beside_stock))
         note = f"{slower} of {len(beside_stock)} rows are slower than torch: their bars end below 1."
@@ -202,11 +205,6 @@ def passes_of(rows: Sequence[Row]) -> list[str]:
     return [name for name in PASS_WORDS if name in found] + [name for name in found if name not in PASS_WORDS]
 
 
-def is_slower(row: Row) -> bool:
-    """Slower than torch, where torch stands on the other side."""
-    return "opponent_share" not in row and row["speedup"]["median"] < 1
-
-
 def speedup_of(row: Row) -> float:
     return row["speedup"]["median"]
 
@@ -233,9 +231,11 @@ def verdict(row: Row) -> str:
     """What became of a row, in a word."""
     if row.get("failure"):
         return f"{'absent' if row.get('absent') else 'FAILED'}: {row['failure']}"
-    if "opponent_share" in row or "added_us" in row:
+    if not is_beside_stock(row):
         return "measured"
-    return "slower than torch" if is_slower(row) else "faster than torch"
+    words = "slower than torch" if is_slower(row) else "faster than torch"
+    is_within_noise = row["speedup"]["low"] <= 1 <= row["speedup"]["high"]
+    return words + ", within noise" * is_within_noise
 
 
 def figure(*names: str) -> Callable[[dict, Row], float | None]:

@@ -18,13 +18,14 @@ def minimum_bytes(pass_name: str, twins: Twins, output_elements: Iterable[int]) 
     """Bytes that a pass must move: each tensor it needs read once, each that it returns written once.
 
     The forward reads inputs and parameters and writes the outputs; the backward reads the cotangent, inputs
-    and parameters and writes a gradient for each leaf.
+    and parameters and writes a gradient for each leaf. Of an expanded cotangent there is one element.
     """
     element_bytes = twins.inputs[0].element_size()
     leaves = sum(each.numel() for each in twins.leaves(twins.ours).values())
     given = sum(each.numel() for each in twins.inputs[len(twins.learned) :]) + leaves
     forward = given + sum(output_elements)
-    backward = twins.cotangent.numel() + given + leaves
+    cotangent = twins.cotangent.untyped_storage().nbytes() // twins.cotangent.element_size()
+    backward = cotangent + given + leaves
     return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[pass_name] * element_bytes
 
 

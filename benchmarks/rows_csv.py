@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from benchmarks.results import replacing
 
 # Always there and in this order, filled or not; what only some rows have follows by name.
 COLUMNS = (
@@ -43,22 +43,13 @@ FACTS = ("device", "commit", "dirty", "date", "torch", "threads")
 
 
 def write(path: str | Path, document: dict) -> None:
-    """Write every row under `path` as CSV: to a temporary neighbour first, then renamed over it."""
-    path = Path(path)
+    """Write every row under `path` as CSV, whole or not at all."""
     rows = [flat_row(document, row) for row in document["rows"]]
     more = sorted({name for row in rows for name in row} - {*COLUMNS, *FACTS})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, [*COLUMNS, *more, *FACTS], restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, [*COLUMNS, *more, *FACTS], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def flat_row(document: dict, row: dict) -> dict[str, str | float]:

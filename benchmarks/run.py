@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import results
@@ -66,6 +66,7 @@ def measured(settings: Settings, machine: Machine) -> tuple[dict, bool]:
                 break
     except KeyboardInterrupt:
         interrupted = True
+    document["interrupted"] = interrupted
     return document | {"wall_seconds": round(time.monotonic() - start, 1)}, interrupted
 
 
@@ -79,7 +80,8 @@ def measure_variant(
 ) -> bool:
     """Run one variant's process and add its rows; return whether it was interrupted.
 
-    When the process dies within a case, that becomes a row and a fresh process goes on with the next case.
+    When the process dies within a case, a fresh one goes on with the next case. The one that it died in is
+    measured again where peers may have been the cause, without them; else its death becomes a row.
     """
     first = 0
     while first < len(names):
@@ -90,9 +92,31 @@ def measure_variant(
         died, first = (
             (names[part["next"]], part["next"] + 1) if part["environment"] else ("start", len(names))
         )
-        row = failure_row(died, f"the measuring process ended with status {code}")
-        document["rows"].append(row | variant)
+        words = f"the measuring process ended with status {code}"
+        rows = []
+        if part["environment"] and settings.peers:
+            rows, interrupted = without_peers(settings, variant, died, environment, words)
+            if interrupted:
+                document["rows"] += rows
+                return True
+        document["rows"] += rows or [failure_row(died, words) | variant]
     return False
+
+
+def without_peers(
+    settings: Settings, variant: dict, case: str, environment: dict[str, str], words: str
+) -> tuple[list[dict], bool]:
+    """The rows of a case from a process of its own, without peers, of which they say `words`.
+
+    None where that process dies too. The second result tells whether it was interrupted.
+    """
+    alone = replace(settings, peers=(), only=tuple((case, name) for name in settings.chosen_passes))
+    code, part = measuring_process(alone, variant, 0, environment)
+    interrupted = code in (INTERRUPTED, -signal.SIGINT)
+    if code != 0 and not interrupted:
+        return [], False
+    told = {"peers": {name: {"failure": words} for name in settings.peers}}
+    return [row if row.get("failure") else row | told for row in part["rows"]], interrupted
 
 
 def add_part(document: dict, variant: dict, part: dict) -> None:

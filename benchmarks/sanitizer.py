@@ -169,6 +169,10 @@ def watch_share(tool: str, calls: list[str], dtypes: list[str], deadline: float)
                 part["failures"][line["call"]] = line["failure"]
         part["errors"] += errors_in(log)
         part["log"] += log
+        if tool != PLAIN and lines and code is not None and not SUMMARY.search(log):
+            # A tool that could not attach lets the calls run unwatched.
+            unwatched = {line["call"]: "the tool gave no summary" for line in lines}
+            part["failures"] = unwatched | part["failures"]
         if code is None:
             part["failures"] |= dict.fromkeys(left, "not finished within the time limit")
             break

@@ -18,7 +18,7 @@ class Absent(Exception):
 
 
 class WrongResult(ArithmeticError):
-    """Ours is further from float64 than the tolerance rule allows."""
+    """Ours is further from float64 than the tolerance rule allows, or a peer computes something else."""
 
 
 def reason_of(error: Exception) -> str:

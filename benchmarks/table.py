@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.environment import cpu_words
 from benchmarks.goals import METRICS, goal_text
-from benchmarks.results import merged
+from benchmarks.results import is_beside_stock, merged
 
 WIDTH_ELSEWHERE = 400
 LOSS_BELOW = 0.95
@@ -123,9 +123,8 @@ def variant_lines(environment: dict) -> list[str]:
 
 
 def source_of(environment: dict) -> str:
-    return {"clone": "clone (which shadows an installed build)"}.get(
-        environment["pyarch"], environment["pyarch"]
-    )
+    found = environment["pyarch"]
+    return "clone (which shadows an installed build)" if found == "clone" else found
 
 
 def speedup_cell(row: dict) -> str:
@@ -257,13 +256,12 @@ WIDE_COLUMNS = (
 def is_loss(row: dict) -> bool:
     """Slower than stock by more than 5 % and by more than 15 us a call."""
     lost_us = (row["ours"]["median_ms"] - row["stock"]["median_ms"]) * 1e3
-    beside_stock = "added_us" not in row and "opponent_share" not in row
-    return beside_stock and row["speedup"]["median"] < LOSS_BELOW and lost_us > LOSS_OVER_US
+    return is_beside_stock(row) and row["speedup"]["median"] < LOSS_BELOW and lost_us > LOSS_OVER_US
 
 
 def is_slower(row: dict) -> bool:
     """Slower than stock beyond the interval, by whatever amount."""
-    return "opponent_share" not in row and row["speedup"].get("high", 1.0) < 1.0
+    return is_beside_stock(row) and row["speedup"]["high"] < 1.0
 
 
 def worst_first(row: dict) -> tuple[bool, float]:

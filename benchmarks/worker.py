@@ -145,4 +145,6 @@ def failure_row(name: str, reason: str) -> dict:
 
 
 if __name__ == "__main__":
+    # What a shell starts in the background ignores Ctrl-C, which is how benchmarks.run ends this process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +14,6 @@ from pyarch.passes import Cotangents
 from pyarch.verify_report import Timing
 
 BUDGET_SECONDS = 2.0
-WARM_UPS = 1
 FEWEST_ROUNDS = 4
 MOST_ROUNDS = 100
 
@@ -46,20 +46,31 @@ def time_passes(
 
 
 def in_turns(stock: Callable[[], None], ours: Callable[[], None], budget: float | None = None) -> Timing:
-    """Median seconds of two functions, run alternately and each first as often as the other."""
-    budget = BUDGET_SECONDS if budget is None else budget
-    for _ in range(WARM_UPS):
-        stock()
-        ours()
-    seconds: dict[Callable, list[float]] = {stock: [_seconds(stock)], ours: [_seconds(ours)]}
+    """Median seconds of two functions, run alternately."""
+    return Timing(*medians((stock, ours), BUDGET_SECONDS if budget is None else budget))
+
+
+def medians(calls: Sequence[Callable[[], None]], budget: float, patience: float = math.inf) -> list[float]:
+    """Median seconds of each call, run alternately and each first as often as the others.
+
+    Args:
+        calls: what is timed.
+        budget: seconds for all; a few rounds run in any case.
+        patience: where one round takes longer, its times stand and none is run again.
+    """
+    first = [_seconds(call) for call in calls]
+    if sum(first) > patience:
+        return first
+    seconds: list[list[float]] = [[] for _ in calls]
     deadline = time.perf_counter() + budget
     for turn in range(MOST_ROUNDS):
         # The clock decides, not a guess from the first round, which the machine may have disturbed.
         if turn >= FEWEST_ROUNDS and time.perf_counter() >= deadline:
             break
-        for each in (stock, ours) if turn % 2 else (ours, stock):
-            seconds[each].append(_seconds(each))
-    return Timing(_median(seconds[stock]), _median(seconds[ours]))
+        places = range(len(calls))
+        for place in places if turn % 2 else reversed(places):
+            seconds[place].append(_seconds(calls[place]))
+    return [_median(each) for each in seconds]
 
 
 def _median(values: list[float]) -> float:
@@ -67,16 +78,17 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _seconds(function: Callable[[], None]) -> float:
+def _seconds(call: Callable[[], None]) -> float:
+    finish()
     start = time.perf_counter()
-    function()
+    call()
+    finish()
     return time.perf_counter() - start
 
 
 def _forward(model: nn.Module, arguments: Arguments) -> None:
     with torch.no_grad():
         model(*arguments[0], **arguments[1])
-    finish()
 
 
 def _step(model: nn.Module, arguments: Arguments, cotangents: Cotangents) -> None:
@@ -90,7 +102,6 @@ def _step(model: nn.Module, arguments: Arguments, cotangents: Cotangents) -> Non
         if reached:
             grads = [cotangents.of(name, output) for name, output in reached.items()]
             torch.autograd.backward(list(reached.values()), grads)
-    finish()
 
 
 def finish() -> None:

@@ -48,12 +48,12 @@ from benchmarks.attention_modules import Formula, InPieces, Ours, Stock, pattern
 from benchmarks.environment import ROOT, cpu_words
 from benchmarks.goals import Goal, is_met
 from benchmarks.measure import Rounds
-from benchmarks.peak_memory import peak_bytes
 from benchmarks.plan import Settings, passes_of, selected_cases
 from benchmarks.roofline import minimum_bytes
 from benchmarks.suites import Absent
 from benchmarks.twins import results as results_of
 from pyarch.nn.drop_in import DropIn
+from pyarch.peak_memory import peak_bytes
 
 OPERATOR = "benchmarks"
 
@@ -473,7 +473,7 @@ def test_peak_memory_is_what_lives_at_a_time():
         del first
         return second, torch.zeros(256, 1024)
 
-    assert 2 << 20 <= peak_bytes(run, "cpu") < 2.1 * (1 << 20)
+    assert 2 << 20 <= peak_bytes(run, torch.device("cpu")) < 2.1 * (1 << 20)
 
 
 MEASURED = {

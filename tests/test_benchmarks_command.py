@@ -213,6 +213,31 @@ def test_quick_runs_that_left_cases_out_are_no_tables(simulation, tmp_path, monk
     assert results.newest_per_device("attention", tmp_path) == []
 
 
+@pytest.mark.parametrize("words", ["--filter k31", "--pass fwd", "--dtype bf16"])
+def test_runs_of_chosen_cases_or_passes_are_no_tables(simulation, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert main(["conv", *words.split(), "--save"]) == 0
+    assert [path.name[-9:] for path in tmp_path.glob("cpu-test-2c/*")] == ["part.json"]
+    assert results.newest_per_device("conv", tmp_path) == []
+
+
+def test_an_interrupted_run_is_no_table(simulation, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    simulation.interrupted_in = "conv"
+    assert main(["conv", "--save"]) == 130
+    assert [path.name[-9:] for path in tmp_path.glob("cpu-test-2c/*")] == ["part.json"]
+    assert results.newest_per_device("conv", tmp_path) == []
+
+
+def test_a_suite_that_cannot_start_is_named(simulation, monkeypatch, capsys):
+    monkeypatch.setattr(run, "measuring_process", lambda *_: (-11, {"environment": {}, "rows": []}))
+    assert main(["all"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"FAILED {suite}, start: the measuring process ended with status -11" for suite in SUITES
+    ]
+
+
 def test_interrupt_keeps_the_finished_rows_of_all_suites(simulation, tmp_path):
     first, second, _ = SUITES
     simulation.interrupted_in = second
@@ -300,6 +325,20 @@ def test_a_file_that_cannot_be_written_is_said_before_anything(simulation, tmp_p
     assert simulation.asked == []
 
 
+@pytest.mark.parametrize("kind", ["json", "csv", "html"])
+def test_a_folder_in_the_place_of_a_file_is_said_before_anything(simulation, tmp_path, capsys, kind):
+    assert main(["conv", f"--{kind}", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder" in capsys.readouterr().err
+    assert simulation.asked == []
+
+
+def test_plots_without_matplotlib_are_refused_before_anything(simulation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["conv", "--plot", str(tmp_path)]) == 2
+    assert "needs matplotlib, pip install '.[plots]'" in capsys.readouterr().err
+    assert simulation.asked == []
+
+
 def test_rows_below_the_least_speedup_are_named(simulation, capsys):
     assert main(["conv", "--fail-under", "0.97"]) == 0
     assert "BELOW" not in capsys.readouterr().err
@@ -380,3 +419,8 @@ def named(*parts: str):
     for case in selected_cases(Settings("conv")):
         if any(part in case.name for part in parts):
             yield from ((case.name, name) for name in ("fwd", "fwd+bwd"))
+
+
+def test_no_selected_case_is_said(capsys):
+    assert main(["all", "--filter", "no such case"]) == 2
+    assert "no case agrees with the filter" in capsys.readouterr().err

@@ -100,6 +100,12 @@ def test_comparison_finds_a_slowdown_of_one_row_on_a_quiet_machine():
     assert found >= 15
 
 
+def test_comparison_sees_one_slower_row_among_many_that_became_faster():
+    faster = slowed(noisy(2), 1 / 2, keep=lambda each: int(each["case"].split()[1]) < 20)
+    changes = compare(noisy(1), slowed(faster, 2, keep=lambda each: each["case"] == "case 30"))
+    assert ("conv", "case 30", "fwd") in changes.slower
+
+
 def test_comparison_finds_a_slowdown_of_one_pass():
     changes = compare(noisy(1), slowed(noisy(2), keep=lambda each: each["pass"] == "fwd+bwd"))
     verdicts = {shift.pass_name: shift.verdict for shift in changes.shifts}
@@ -166,6 +172,22 @@ def test_comparison_refuses_other_devices_unless_forced():
 def test_comparison_refuses_what_changes_speedups(fact, words):
     with pytest.raises(ResultsError, match=words):
         compare(document([row("a", 1.0)]), document([row("a", 1.0)], **fact))
+
+
+def test_comparison_refuses_runs_beside_another_stock():
+    """Older files name their opponent, or none, which is torch as it runs by default."""
+    old, new = document([row("a", 1.0)]), document([row("a", 1.0)]) | {"versus": "eager"}
+    assert len(compare(old, new).rows) == 1
+    with pytest.raises(ResultsError, match="different opponents, compile and eager"):
+        compare(old | {"versus": "compile"}, new)
+
+
+def test_comparison_says_what_either_run_is_of():
+    old = document([row("a", 1.0)], commit="0123456789abcdef", torch="2.12.0", date="2026-01-02", dirty=True)
+    new = document([row("a", 1.0)], commit="f" * 40, torch="2.13.0", date="2026-02-03", dirty=False)
+    text = printed(compare(old, new))
+    assert "old run: commit 0123456789ab with changes, torch 2.12.0, 2026-01-02" in text
+    assert "new run: commit ffffffffffff, torch 2.13.0, 2026-02-03" in text
 
 
 def test_comparison_refuses_when_nothing_is_in_common():

@@ -34,6 +34,7 @@ def rich_document():
             "compile": {"failure": "x"},
         }
     rows[1]["speedup"] = {"median": 0.8, "low": 0.7, "high": 0.9}
+    rows[2]["speedup"] = {"median": 1.01, "low": 0.9, "high": 1.1}
     failure = {"suite": "conv", "case": "1-D k4", "pass": "all", "failure": "out of memory"} | VARIANT
     document["rows"] = [*rows, failure, failure | {"case": "2-D k3", "failure": "no kernel", "absent": True}]
     return document
@@ -98,7 +99,7 @@ def test_page_sheet_has_failures_and_absences():
     sheet = sections_of(rich_document())["Every row"]
     assert isinstance(sheet, Sheet)
     outcomes = column(sheet, "outcome")
-    assert outcomes[1] == "slower than torch"
+    assert outcomes[1:3] == ["slower than torch", "faster than torch, within noise"]
     assert outcomes[4:] == ["FAILED: out of memory", "absent: no kernel"]
     assert column(sheet, ">onnxruntime ms")[4] is None
 
@@ -106,7 +107,14 @@ def test_page_sheet_has_failures_and_absences():
 def test_page_facts_name_the_machine_and_the_commit():
     facts = page_of(rich_document()).sections[0].pairs
     assert facts["commit"].startswith("23dc3f739d7f") and facts["threads"] == "2"
-    assert "GB/s" in facts["ceilings"]
+    assert "GB/s" in facts["ceilings"] and "driver" not in facts
+
+
+def test_page_facts_name_a_gpus_driver_and_clock():
+    document = rich_document()
+    document["environment"]["gpu"] = {"name": "H200", "state": {"driver": "580.82", "sm_mhz": 1980.0}}
+    facts = page_of(document).sections[0].pairs
+    assert (facts["device"], facts["driver"], facts["clock at the start"]) == ("H200", "580.82", "1980 MHz")
 
 
 def test_page_of_a_sweep_draws_the_worst_cases_alone():

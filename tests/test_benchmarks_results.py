@@ -108,6 +108,7 @@ def test_a_failed_write_leaves_the_old_file_whole_and_no_part_behind(tmp_path):
             '"speedup": {"median": "fast"}}]}',
             "'median' of 'speedup' of row 0 is missing or no number",
         ),
+        ("[" * 100_000, "not readable as JSON"),
     ],
 )
 def test_a_corrupt_results_file_gives_one_clear_error(tmp_path, text, reason):
@@ -117,6 +118,15 @@ def test_a_corrupt_results_file_gives_one_clear_error(tmp_path, text, reason):
         results.load(path)
     assert reason in str(caught.value) and str(path) in str(caught.value)
     assert "delete it" in str(caught.value)
+
+
+@pytest.mark.parametrize("figure", ["NaN", "Infinity", "0", "-1.5", "null"])
+def test_a_speedup_that_no_run_measures_makes_a_file_corrupt(tmp_path, figure):
+    path = tmp_path / "run.json"
+    results.write(path, made_up_results(made_up_row(stock=4.5, ours=2.0)))
+    path.write_text(path.read_text().replace('"median": 2.25', f'"median": {figure}'))
+    with pytest.raises(results.ResultsError, match="'median' of 'speedup' of row 0 .* no number above 0"):
+        results.load(path)
 
 
 def test_the_newest_results_of_each_device_are_taken(tmp_path):
@@ -129,7 +139,13 @@ def test_the_newest_results_of_each_device_are_taken(tmp_path):
 
 
 def test_sweeps_and_compiled_opponents_are_not_taken_for_tables(tmp_path):
-    others = ({}, {"extent": "sweep"}, {"versus": "compile"}, {"extent": "quick", "left_out": 2})
+    others = (
+        {},
+        {"extent": "sweep"},
+        {"versus": "compile"},
+        {"extent": "quick", "left_out": 2},
+        {"extent": "table", "interrupted": True},
+    )
     for year, fields in enumerate(others, start=2024):
         document = made_up_results(made_up_row(), date=f"{year}-01-01T00:00:00+00:00", **fields)
         results.write(tmp_path / "cpu-test-2c" / f"{year}.json", document)
@@ -154,6 +170,11 @@ def test_the_file_of_a_run_names_its_suite_extent_and_opponent():
     assert name() == "2026-01-02-0123456789ab-conv.json"
     assert name(suite="recurrent", extent="sweep") == "2026-01-02-0123456789ab-recurrent-sweep.json"
     assert name(versus="compile") == "2026-01-02-0123456789ab-conv-compile.json"
+    assert (
+        name(left_out=3) == name(left_out=3, interrupted=False) == "2026-01-02-0123456789ab-conv-quick.json"
+    )
+    part = "2026-01-02-0123456789ab-conv-part.json"
+    assert name(left_out=3, extent="table") == name(interrupted=True) == part
 
 
 def test_every_committed_file_can_be_read():

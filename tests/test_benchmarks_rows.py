@@ -31,7 +31,8 @@ class Peers:
         def outputs():
             with torch.no_grad():
                 (output,) = twins.forward(twins.stock, twins.inputs)
-            return (output * float("nan") if name == "nan" else output + 0.25,)
+            wrong = {"nan": output * float("nan"), "other": output + output.abs().max()}
+            return (wrong.get(name, output + 0.25),)
 
         def call():
             if name == "late" and self.is_timing:
@@ -65,12 +66,13 @@ def drawn_times(calls: dict) -> Rounds:
 
 
 def test_peers_stand_beside_stock_and_the_rest_is_text(peers):
-    row = small_row(("right", "absent", "broken", "nan"), drawn_times)
+    row = small_row(("right", "absent", "broken", "nan", "other"), drawn_times)
     assert row["speedup"]["median"] == 4.0
     right = row["peers"].pop("right")
     assert (right["median_ms"], right["p20_ms"], right["p80_ms"]) == (3.0, 3.0, 3.0)
     assert right["speedup"] == {"median": 3.0, "low": 3.0, "high": 3.0}
     assert right["compile_s"] == 1.5 and right["error"] == pytest.approx(0.25, rel=1e-5)
+    assert row["peers"].pop("other")["failure"].startswith("WrongResult: its error is ")
     assert row["peers"] == {
         "absent": {"absent": "not installed"},
         "broken": {"failure": "RuntimeError: cannot export"},

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyarch import timing
 from pyarch.comparison import measure
 from pyarch.comparison.architectures import (
     CausalAttention,
@@ -22,10 +23,11 @@ from pyarch.comparison.architectures import (
 )
 from pyarch.comparison.generation import AttentionState, state_for
 from pyarch.comparison.growth import exponent, shown
-from pyarch.comparison.measure import Trial, peak_bytes
+from pyarch.comparison.measure import Trial
 from pyarch.comparison.question import Question
 from pyarch.comparison.reach import Reach, log_spaced, reach_of, textbook
 from pyarch.nn.drop_in import DropIn
+from pyarch.peak_memory import peak_bytes
 from tests.compare import check
 
 OPERATOR = "comparison"
@@ -314,7 +316,7 @@ def test_comparison_peak_is_what_a_call_holds_at_a_time():
 def fast(monkeypatch):
     """Timing that takes no time."""
     monkeypatch.setattr(measure, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "FEWEST_ROUNDS", 1)
+    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
 
 
 def test_comparison_row_of_both_sides(fast):
@@ -365,14 +367,13 @@ def test_comparison_row_of_a_side_that_fails(fast, in_training):
 
 def test_comparison_turns_take_as_many_of_each():
     calls = []
-    seconds = measure.in_turns([lambda: calls.append("a"), lambda: calls.append("b")])
-    assert len(seconds) == 2 and calls.count("a") == calls.count("b") > measure.FEWEST_ROUNDS
+    seconds = timing.medians([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
+    assert len(seconds) == 2 and calls.count("a") == calls.count("b") > timing.FEWEST_ROUNDS
     assert calls[:6] == ["a", "b", "b", "a", "a", "b"]
-    assert measure.in_turns([]) == []
+    assert timing.medians([], 0.0) == []
 
 
-def test_comparison_a_long_call_is_not_repeated(monkeypatch):
-    monkeypatch.setattr(measure, "PATIENCE_SECONDS", -1.0)
+def test_comparison_a_long_call_is_not_repeated():
     calls = []
-    measure.in_turns([lambda: calls.append("a"), lambda: calls.append("b")])
+    timing.medians([lambda: calls.append("a"), lambda: calls.append("b")], 1.0, patience=-1.0)
     assert calls == ["a", "b"]

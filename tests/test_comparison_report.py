@@ -84,7 +84,7 @@ FOUND = Comparison(Question(lengths=(100, 200)), {"device": "a CPU"}, (GRU, LSTM
 def fast(monkeypatch):
     """Timing that takes no time."""
     monkeypatch.setattr(measure, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "FEWEST_ROUNDS", 1)
+    monkeypatch.setattr("pyarch.timing.FEWEST_ROUNDS", 1)
 
 
 # -------------------------------------------------------------------------------- advice
@@ -113,7 +113,11 @@ def test_comparison_advises_on_far_reach():
     choice, reason = advice()["far reach"]
     assert choice == "attention"
     assert "still 100 % of its largest at 199 tokens before" in reason
-    assert "the next, GRU, falls below 1 % beyond 7" in reason and reason.endswith("36 ms.")
+    assert reason.endswith("the next, GRU, falls below 1 % beyond 7.")
+    twice = replace(FOUND, compared=(GRU, ATTENTION, replace(LSTM, reach=ATTENTION.reach)))
+    (far,) = (each for each in advise(twice) if each.purpose == "far reach")
+    assert far.choice == "LSTM"
+    assert far.reason.endswith("Of 2 that reach so far its training step is the fastest, 25 ms.")
 
 
 def test_comparison_advises_on_latency_and_memory():
@@ -128,6 +132,12 @@ def test_comparison_advises_on_latency_and_memory():
 def test_comparison_says_what_pyarch_gains():
     choice, reason = advice()["largest gain by pyarch, training speed"]
     assert choice == "GRU" and reason == "torch over pyarch: GRU 3.33x, LSTM 1.04x, attention 0.90x."
+
+
+def test_comparison_names_no_gain_where_pyarch_loses():
+    losses = [each for each in advise(replace(FOUND, compared=(ATTENTION,))) if "training" in each.purpose]
+    assert (losses[-1].purpose, losses[-1].choice) == ("largest gain by pyarch, training speed", "none")
+    assert losses[-1].reason == "torch over pyarch: attention 0.90x."
 
 
 def test_comparison_does_not_advise_the_same_twice():
@@ -198,6 +208,16 @@ def test_comparison_shows_growth_only_of_several_lengths():
 def test_comparison_names_the_lengths_of_a_refusal():
     partly = replace(GRU, rows=(GRU.rows[0], replace(GRU.rows[1], stock=Side(refused="skipped: large"))))
     assert refusals(replace(FOUND, compared=(partly,))) == ["GRU, stock at 200 tokens: skipped: large"]
+
+
+def test_comparison_counts_nothing_of_what_could_not_be_built():
+    refused = tuple(Row(length, Side(refused="odd"), Side(refused="odd")) for length in (100, 200))
+    unbuilt = replace(GRU, name="odd", parameters=None, flop=(None, None), rows=refused, reach=None)
+    found = replace(FOUND, compared=(GRU, unbuilt))
+    assert Report(found).table().tables[2].rows[1] == ("odd", *["-"] * 10)
+    (sheet,) = (each for each in page_of(found).sections if each.title == "Architectures")
+    assert sheet.rows[1][1:3] == (None, None) and page_of(found).html()
+    assert json.loads(Report(found).to_json())["architectures"][1]["rows"][0]["flop"] is None
 
 
 def test_comparison_sizes_for_people():
@@ -302,7 +322,14 @@ def test_comparison_interrupted_writes_nothing(capsys, fast, monkeypatch, tmp_pa
 def test_comparison_interrupted_from_a_shell(tmp_path):
     command = [sys.executable, "-m", "pyarch", "compare", "--html", str(tmp_path / "page.html")]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=one_thread()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=one_thread(),
+        # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stderr.readline().startswith("[1/33] vanilla RNN, 128 tokens")

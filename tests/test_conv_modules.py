@@ -263,3 +263,16 @@ def test_conv_modules_follow_dtype():
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         got, expected = ours.to(dtype)(image().to(dtype)), stock.to(dtype)(image().to(dtype))
         assert got.dtype == expected.dtype == dtype
+
+
+@pytest.mark.operator("depthwise_conv", "auto")
+def test_conv_takes_settings_that_are_lists():
+    stock = torch.nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    stock.stride, stock.padding, stock.dilation = [1, 2], [1, 0], [2, 1]
+    ours = copy.deepcopy(stock)
+    pyarch.swap(ours)
+    signal = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(ours(signal), stock(signal))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(signal), stock(signal))
+    assert ours.explain(signal)["forward"]

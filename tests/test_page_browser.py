@@ -147,7 +147,9 @@ def test_page_browser_charts_and_data_say_what_they_are(read, file):
     page.locator(f"{section(2)} summary").click()
     assert column(page, section(2), 3) == ["1", "-", "0.5"]
     page.locator(f"{section(6)} summary").click()
-    assert page.locator(f"{section(6)} .map-data tbody tr").count() == 10
+    rows = page.locator(f"{section(6)} .map-data tbody tr")
+    rows.first.wait_for()  # filled when the browser says that it was opened
+    assert rows.count() == 10
 
 
 def test_page_browser_loads_nothing_and_allows_nothing(read, file):

@@ -102,7 +102,7 @@ def test_sanitizer_goes_on_behind_a_call_that_kills_its_process(monkeypatch):
         (
             sanitizer.LOST,
             [{"call": "c", "kernels": ["k"]}, {"call": "d", "kernels": [], "failure": "illegal access"}],
-            "",
+            "========= ERROR SUMMARY: 0 errors\n",
         ),
         (None, [], ""),
     ]
@@ -119,6 +119,17 @@ def test_sanitizer_goes_on_behind_a_call_that_kills_its_process(monkeypatch):
     assert part["failures"]["b"].startswith("the process ended with status -11")
     assert part["failures"]["d"] == "illegal access"
     assert part["failures"]["e"] == "not finished within the time limit"
+
+
+@pytest.mark.parametrize(
+    ("tool", "failures"), [("memcheck", {"a": "the tool gave no summary"}), ("plain", {})]
+)
+def test_sanitizer_believes_no_tool_without_a_summary(tool, failures, monkeypatch):
+    def process(tool, calls, dtypes, deadline):
+        return 0, [{"call": each, "kernels": ["k"]} for each in calls], "Error: could not attach"
+
+    monkeypatch.setattr(sanitizer, "watched_process", process)
+    assert sanitizer.watch_share(tool, ["a"], ["bf16"], 0.0)["failures"] == failures
 
 
 @pytest.mark.parametrize(("errors", "status"), [(0, 0), (2, 1)])

@@ -84,8 +84,3 @@ def tracing() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its text."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.attention_modules import Stock
 from benchmarks.peers import Prepared, timed
-from benchmarks.peers.exported import Exported, first_line, forward_on_cpu_alone, tracing
-from benchmarks.suites import Absent
+from benchmarks.peers.exported import Exported, forward_on_cpu_alone, tracing
+from benchmarks.suites import Absent, reason_of
 from benchmarks.twins import Twins
 
 PROVIDERS = ["CPUExecutionProvider"]
@@ -53,7 +53,7 @@ def traced_model(exported: Exported, arrays: tuple[Tensor, ...]) -> bytes:
         with tracing():
             torch.onnx.export(exported, arrays, file, dynamo=False, opset_version=TRACED_OPSET)
     except torch.onnx.errors.OnnxExporterError as error:
-        raise Absent(f"torch.onnx: {first_line(error)}") from error
+        raise Absent(f"torch.onnx: {reason_of(error)}") from error
     return file.getvalue()
 
 
@@ -71,7 +71,7 @@ def session_of(model: bytes):
     try:
         return onnxruntime.InferenceSession(model, options, providers=PROVIDERS)
     except (refusals.NotImplemented, refusals.InvalidGraph, refusals.InvalidArgument) as error:
-        raise Absent(f"onnxruntime: {first_line(error)}") from error
+        raise Absent(f"onnxruntime: {reason_of(error)}") from error
 
 
 def prepare(twins: Twins, pass_name: str, case) -> Prepared:

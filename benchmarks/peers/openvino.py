@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import Prepared, timed
-from benchmarks.peers.exported import Exported, first_line, forward_on_cpu_alone, tracing
-from benchmarks.suites import Absent
+from benchmarks.peers.exported import Exported, forward_on_cpu_alone, tracing
+from benchmarks.suites import Absent, reason_of
 from benchmarks.twins import Twins
 
 # By the names of openvino.Type. Without the hint a CPU with bfloat16 would compute float32 in it.
@@ -48,7 +48,7 @@ def converted(exported: Exported, arrays: tuple[Tensor, ...]):
             model = front_end.convert(front_end.load(decoder))
     except OpConversionFailure as error:
         unknown = sorted(set(re.findall(r"aten::\w+", str(error))))
-        raise Absent(f"openvino: converts no {', '.join(unknown) or first_line(error)}") from error
+        raise Absent(f"openvino: converts no {', '.join(unknown) or reason_of(error)}") from error
     for node, array in zip(model.inputs, arrays, strict=True):
         node.get_node().set_partial_shape(PartialShape(array.shape))
         node.get_node().set_element_type(getattr(Type, PRECISIONS[array.dtype]))

@@ -171,7 +171,8 @@ def _farthest(comparison: Comparison) -> Iterator[Advice]:
         reason += f"; the next, {next_best.name}, falls below 1 % beyond {next_best.reach.faded}"
     if len(equal) > 1:
         reason += f". Of {len(equal)} that reach so far its training step is the fastest"
-    yield Advice("far reach", equal[0].compared.name, f"{reason}, {milliseconds(equal[0].best)}.")
+        reason += f", {milliseconds(equal[0].best)}"
+    yield Advice("far reach", equal[0].compared.name, f"{reason}.")
 
 
 def _faded(each: _Candidate) -> int:
@@ -179,7 +180,7 @@ def _faded(each: _Candidate) -> int:
 
 
 def _gains(comparison: Comparison) -> Iterator[Advice]:
-    """What pyarch gains with each architecture, the largest gain first."""
+    """What pyarch gains with each architecture, the largest gain first; "none" where it loses with all."""
     for purpose in PURPOSES:
         both = [
             (each.stock / each.pyarch, each.compared.name)
@@ -188,6 +189,6 @@ def _gains(comparison: Comparison) -> Iterator[Advice]:
         ]
         if both:
             listed = ", ".join(f"{name} {times(gain)}" for gain, name in sorted(both, reverse=True))
-            yield Advice(
-                f"largest gain by pyarch, {purpose.name}", max(both)[1], f"torch over pyarch: {listed}."
-            )
+            gain, name = max(both)
+            choice = name if gain > 1 else "none"
+            yield Advice(f"largest gain by pyarch, {purpose.name}", choice, f"torch over pyarch: {listed}.")

@@ -137,6 +137,7 @@ def architectures(question: Question) -> tuple[Architecture, ...]:
     """All that are compared, at the user's sizes."""
     width, kernel, window = question.width, question.kernel, question.window
     some_heads = question.heads[len(question.heads) // 2]
+    taps, before = _counted(kernel, "tap"), _counted(window, "token")
     return (
         Architecture("vanilla RNN", "recurrent", partial(Recurrent, nn.RNN, width)),
         Architecture("GRU", "recurrent", partial(Recurrent, nn.GRU, width)),
@@ -158,25 +159,25 @@ def architectures(question: Question) -> tuple[Architecture, ...]:
             f"windowed attention ({_counted(some_heads, 'head')})",
             "attention",
             partial(CausalAttention, width, some_heads, window),
-            note=f"sees {window} tokens before its own: torch by a mask, pyarch by a rule with that window",
+            note=f"sees {before} before its own: torch by a mask, pyarch by a rule with that window",
         ),
         Architecture(
             "depthwise conv",
             "convolution",
             partial(CausalConvolution, width, kernel, width),
-            note=f"{kernel} taps; each channel by itself, so it needs a product over channels beside it",
+            note=f"{taps}; each channel by itself, so it needs a product over channels beside it",
         ),
         Architecture(
             "separable conv",
             "convolution",
             partial(CausalConvolution, width, kernel, width, mixes=True),
-            note=f"depthwise with {kernel} taps, then a product over channels",
+            note=f"depthwise with {taps}, then a product over channels",
         ),
         Architecture(
             "full conv",
             "convolution",
             partial(CausalConvolution, width, kernel, 1),
-            note=f"{kernel} taps between all channels; pyarch has nothing to swap in it",
+            note=f"{taps} between all channels; pyarch has nothing to swap in it",
         ),
     )
 

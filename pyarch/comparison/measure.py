@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler import profile
 
 from pyarch.comparison.architectures import Architecture, swapped
 from pyarch.comparison.generation import state_for
 from pyarch.comparison.question import Question
-from pyarch.timing import finish
+from pyarch.peak_memory import peak_bytes
+from pyarch.timing import medians
 
 # A call that takes longer is not repeated, a shorter one until so many seconds are spent on it.
 PATIENCE_SECONDS = 4.0
 BUDGET_SECONDS = 0.25
-FEWEST_ROUNDS = 3
-MOST_ROUNDS = 50
 # Many tokens are timed as one: a single one is shorter than what disturbs the machine.
 TOKENS_AT_A_TIME = 8
 LARGEST_MASK = 2**30
-STDERR = 2
 NOT_SWAPPED = "not swapped"
 # What torch and our kernels raise for sizes, dtypes and memory that they do not have.
 REFUSALS = (RuntimeError, ValueError, MemoryError)
@@ -145,7 +137,10 @@ class Trial:
 
 def _timed(trials: dict[str, Trial], generates: bool) -> dict[str, Side]:
     calls = ("forward", "step", "tokens") if generates else ("forward", "step")
-    seconds = {call: in_turns([getattr(trial, call) for trial in trials.values()]) for call in calls}
+    seconds = {}
+    for call in calls:
+        both = [getattr(trial, call) for trial in trials.values()]
+        seconds[call] = medians(both, BUDGET_SECONDS, PATIENCE_SECONDS)
     sides = {}
     for place, (name, trial) in enumerate(trials.items()):
         token = seconds["tokens"][place] / TOKENS_AT_A_TIME if generates else None
@@ -153,72 +148,3 @@ def _timed(trials: dict[str, Trial], generates: bool) -> dict[str, Side]:
         forward, step = seconds["forward"][place], seconds["step"][place]
         sides[name] = Side(forward, step, token, trial.memory, kept)
     return sides
-
-
-# -------------------------------------------------------------------------------- time
-
-
-def in_turns(calls: Sequence[Callable[[], None]]) -> list[float]:
-    """Median seconds of each call, run alternately and each first as often as the others."""
-    first = [_seconds(call) for call in calls]
-    if sum(first) > PATIENCE_SECONDS:
-        return first
-    seconds: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + BUDGET_SECONDS
-    for turn in range(MOST_ROUNDS if calls else 0):
-        if turn >= FEWEST_ROUNDS and time.perf_counter() > end:
-            break
-        places = range(len(calls))
-        for place in places if turn % 2 else reversed(places):
-            seconds[place].append(_seconds(calls[place]))
-    return [sorted(each)[len(each) // 2] for each in seconds]
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    finish()
-    start = time.perf_counter()
-    call()
-    finish()
-    return time.perf_counter() - start
-
-
-# -------------------------------------------------------------------------------- memory
-
-
-def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that torch's allocator of the device holds at a time for what `call` allocates."""
-    return _peak_on_gpu(call, device) if device.type == "cuda" else _peak_on_cpu(call)
-
-
-def _peak_on_gpu(call: Callable[[], None], device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _peak_on_cpu(call: Callable[[], None]) -> int:
-    with _silenced(), profile(profile_memory=True) as profiler:
-        call()
-    events = [each for each in profiler.kineto_results.events() if each.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Nothing on stderr, where torch's profiler writes its stages; only before its import it can be told."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, STDERR)
-    try:
-        yield
-    finally:
-        os.dup2(kept, STDERR)
-        os.close(kept)
-        os.close(nowhere)

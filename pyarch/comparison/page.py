@@ -86,8 +86,8 @@ def _reach(comparison: Comparison) -> Lines:
     note = (
         "How much the last output's gradient says of a token d before it, at torch's initial parameters. "
         f"Beside it the textbook picture of a recurrence that multiplies by {TEXTBOOK[0]} or {TEXTBOOK[1]} a "
-        f"step. Below {FADED:.0%} little is learned of a token".replace("%", " %")
-        + "; a line that ends has no gradient, or next to none, beyond."
+        f"step. Below {100 * FADED:.0f} % little is learned of a token; a line that ends has no gradient, or "
+        "next to none, beyond."
     )
     distance = Axis("distance d", "tokens", log=True)
     return Lines(
@@ -114,7 +114,8 @@ def _architectures(comparison: Comparison) -> Sheet:
     for each in comparison.compared:
         reach = (None, None) if each.reach is None else (each.reach.half, each.reach.faded)
         growth = (each.growth(side, figure) for figure in FIGURES for side in SIDES)
-        rows.append((each.name, each.parameters, each.flop[-1] / 1e9, *reach, *growth))
+        gflop = None if each.flop[-1] is None else each.flop[-1] / 1e9
+        rows.append((each.name, each.parameters, gflop, *reach, *growth))
     formats = {column: "{:.1f}" for column in columns[-len(FIGURES) * len(SIDES) :]}
     note = "GFLOP of a forward on the longest sequence; step, token, memory: the exponent p of growth T^p."
     return Sheet("Architectures", columns, rows, note, formats)

@@ -25,7 +25,8 @@ class Compared:
 
     Args:
         parameters: how many numbers it learns; None where it could not be built.
-        flop: operations of the products in a forward of the whole batch, one for each row; counted.
+        flop: operations of the products in a forward of the whole batch, one for each row; counted; None
+            where it could not be built.
         rows: its figures on each length, ascending.
         reach: of its gradient, on the longest sequence on which it runs.
     """
@@ -34,7 +35,7 @@ class Compared:
     family: str
     note: str
     parameters: int | None
-    flop: tuple[int, ...]
+    flop: tuple[int | None, ...]
     rows: tuple[Row, ...]
     reach: Reach | None
 

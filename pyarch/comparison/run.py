@@ -34,7 +34,7 @@ def _compared(architecture: Architecture, question: Question, rows: tuple[Row, .
     try:
         module = architecture.build()
     except ValueError:
-        return Compared(*said, None, (0,) * len(rows), rows, None)
+        return Compared(*said, None, (None,) * len(rows), rows, None)
     parameters = sum(each.numel() for each in module.parameters())
     flop = tuple(question.batch * module.flop(row.length) for row in rows)
     return Compared(*said, parameters, flop, rows, _reach(module, question, rows))

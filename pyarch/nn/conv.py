@@ -20,28 +20,23 @@ def is_depthwise(module: torch.nn.Module) -> bool:
     return module.groups == module.in_channels
 
 
+def settings_of(module: torch.nn.Module) -> tuple:
+    """Stride, padding, dilation, groups, padding mode; somebody may have set lists, which torch takes too."""
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    return tuple(module.stride), padding, tuple(module.dilation), module.groups, module.padding_mode
+
+
 class _DepthwiseDropIn(DropIn):
     """The one computation of the three classes."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not is_depthwise(self):
             return super()._conv_forward(input, weight, bias)
-        return conv.convolve(
-            input,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.padding_mode,
-            self.requested_backend(),
-        )
+        return conv.convolve(input, weight, bias, *settings_of(self), self.requested_backend())
 
     def explain(self, *inputs: Tensor) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of a call on input (N, C, *spatial), for "forward" and "backward"."""
-        settings = self.stride, self.padding, self.dilation, self.groups, self.padding_mode
-        return conv.explain(inputs[0], self.weight, self.bias, *settings)
+        return conv.explain(inputs[0], self.weight, self.bias, *settings_of(self))
 
 
 class Conv1d(_DepthwiseDropIn, torch.nn.Conv1d):
