@@ -14,7 +14,6 @@ import torch
 
 import pyarch
 from benchmarks import benchmark, check, conv, results, run, table
-from benchmarks.__main__ import main
 from benchmarks.conv_cases import (
     CPU_TABLE,
     CUDA_TABLE,
