@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyarch import hardware
 from pyarch.dispatch import Backend, Op, Reasons, Verdict, accepts_all, requested_backend
-from pyarch.ops.conv_measured import forward_concessions
+from pyarch.ops.conv_measured import backward_concessions, forward_concessions
 from pyarch.ops.conv_torch import convolve_pairs, convolve_stock
 from pyarch.ops.kernel_refusals import KERNEL_DTYPES, cpu_refusals, cuda_refusals, triton_refusals
 from pyarch.ops.plain_calls import Decisions, is_ordinary, under_transform
@@ -105,7 +105,7 @@ BACKWARD = Op(
     (
         Backend("triton", "pyarch.triton_kernels.conv:backward", triton_refusals),
         Backend("cuda", "pyarch.cuda_kernels.conv:backward", cuda_refusals),
-        Backend("cpu", "pyarch.ops.conv_cpu:backward", cpu_refusals),
+        Backend("cpu", "pyarch.ops.conv_cpu:backward", cpu_refusals, backward_concessions),
         Backend("torch", "pyarch.ops.conv_torch:backward", _torch_backward_refusals),
         Backend("reference", "pyarch.reference.conv:backward", accepts_all),
     ),
