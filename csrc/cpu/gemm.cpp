@@ -147,10 +147,14 @@ void pack_strips(const Product<T, Out>& product, const Plan& plan, Part rows, Pa
   pack_groups(product.a, product.shape.m, strips, first_row, depth, packed, plan.strip_floats, LANES);
 }
 
-// The columns of one panel, vectors side by side.
+// The columns of one panel, vectors side by side. A vector that has none is zero: what was there is multiplied too, and
+// a number too small for its exponent takes a processor a hundred cycles.
 template <class T, class Out>
 void pack_panel(const Product<T, Out>& product, int64_t panel, Part depth, float* packed) {
   const int64_t column = panel * PANEL, columns = std::min<int64_t>(PANEL, product.shape.n - column);
+  const int64_t steps = ceil_div(depth.size(), Step<T>::ELEMENTS);
+  for (int64_t step = 0; columns <= LANES && step < steps; ++step)
+    store(packed + step * PANEL + LANES, zero());
   const auto first_column = [&](int64_t group) { return column + group * LANES; };
   pack_groups(product.b.transposed(), product.shape.n, ceil_div(columns, LANES), first_column, depth, packed,
               LANES, PANEL);

@@ -110,6 +110,7 @@ class ForwardPass {
       if (shape_.has_projection) {
         std::fill_n(reinterpret_cast<char*>(direction.unprojected_cells),
                     B * Packed<Cell>::padded_depth(H) * sizeof(Cell), 0);
+        zero_last_panel(direction.w_hr, Packed<Cell>::padded_depth(H), projected_columns());
         pack_rows_as_columns(direction.w_hr, width_, H, 0, weights.w_hr, H, P);
       }
       for (int64_t part = 0; part < plan_.parts; ++part) copy_bias(plan_.sample(d, part), weights.b_hh);
@@ -133,8 +134,17 @@ class ForwardPass {
                   shard.units());
   }
 
+  // Packing leaves the columns that pad a panel as they are, and products with what was there may be slow: a number
+  // too small for its exponent takes a processor a hundred cycles.
+  void zero_last_panel(Cell* cells, int64_t depth, int64_t columns) const {
+    const int64_t panel = int64_t(width_) * LANES;
+    std::fill_n(reinterpret_cast<char*>(cells + (columns - panel) * depth), panel * depth * sizeof(Cell), 0);
+  }
+
   // Tasks are gates of a shard, LANES units at a time.
   void pack(const ParallelFor& parallel) {
+    for (const Shard& shard : plan_.shards)
+      if (shard.row_begin == 0) zero_last_panel(weights_[shared(shard)], depth_, columns(shard));
     const int64_t P = shape_.projected, G = shape_.gates();
     const int64_t blocks = ceil_div(shape_.hidden, LANES);
     const auto body = [&](int64_t begin, int64_t end) {
