@@ -8,7 +8,7 @@ import torch
 import pyarch
 from pyarch import dispatch
 from pyarch.ops.recurrent import FORWARD, RecurrentCall
-from pyarch.ops.recurrent_measured import SLOWER, forward_concessions
+from pyarch.ops.recurrent_measured import EMERALD_RAPIDS, ZEN_5, forward_concessions
 
 OPERATOR = "recurrent"
 
@@ -64,9 +64,33 @@ def test_recurrent_concedes_where_torch_was_measured_faster(described, conceded)
     assert all("of torch" in reason and "see benchmarks/results" in reason for reason in reasons)
 
 
-def test_recurrent_concedes_nothing_on_a_gpu():
+@pytest.mark.parametrize(
+    ("described", "conceded"),
+    [
+        (call(), False),
+        (call(dtype=torch.bfloat16), True),
+        (call(dtype=torch.bfloat16, save=True), True),
+        (call(batch=8, dtype=torch.bfloat16, save=True), False),
+        (call(hidden=64, dtype=torch.bfloat16), False),
+        (call("gru", batch=32, dtype=torch.bfloat16), True),
+        (call("gru", batch=16, dtype=torch.bfloat16), False),
+        (call("rnn_relu", 1, 1, 64), True),
+        (call("rnn_relu", 2, 1, 64), False),
+        (call("gru", 1, 16, 64), True),
+        (call("gru", 1, 16, 64, save=True), False),
+        (cell("gru", 64, 512), True),
+        (cell("gru", 1, 64, dtype=torch.bfloat16), False),
+        (cell("lstm", 16, 128, dtype=torch.bfloat16), True),
+    ],
+)
+def test_recurrent_concedes_more_to_torch_with_amx(described, conceded):
+    assert len(list(forward_concessions(described._replace(architecture="amx")))) == conceded
+
+
+@pytest.mark.parametrize("regions", [ZEN_5, EMERALD_RAPIDS])
+def test_recurrent_concedes_nothing_on_a_gpu(regions):
     assert not list(forward_concessions(call(device="cuda")))
-    assert len(SLOWER) == len(set(SLOWER))
+    assert len(regions) == len(set(regions))
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu"])

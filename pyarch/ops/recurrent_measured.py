@@ -1,8 +1,9 @@
 """Where torch's own CPU kernels were measured to be faster: `auto` leaves it the call and `explain` says so.
 
-The figures are medians over the shapes of `python -m benchmarks recurrent --sweep` that fall into a region,
-ours against torch in one run, kept in benchmarks/results. A layer left to torch runs there forward and
-backward, so `training` tells the two measurements apart.
+The figures are medians over the shapes of `python -m benchmarks recurrent --sweep --backend cpu` that fall into
+a region, ours against torch in one run, on a Zen 5 and on an Emerald Rapids, whose AMX names the second table
+and whose torch multiplies bfloat16 on its tiles. A layer left to torch runs there forward and backward, so
+`training` tells the two measurements apart.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Slower(NamedTuple):
 
 RNN = ("rnn_tanh", "rnn_relu")
 ALL_MODES = ("lstm", "gru", *RNN)
-SLOWER = (
+ZEN_5 = (
     Slower(
         "over 5 shapes 0.96x of torch",
         False,
@@ -67,13 +68,80 @@ SLOWER = (
     ),
 )
 
+EMERALD_RAPIDS = (
+    Slower("over 21 shapes 0.64x of torch (0.73x in training)", True, ALL_MODES, dtype=torch.float32),
+    Slower(
+        "over 12 shapes 0.50x of torch (0.56x in training)",
+        True,
+        ALL_MODES,
+        batch=(16, NO_LIMIT),
+        dtype=torch.bfloat16,
+    ),
+    Slower(
+        "over 1 shape 0.42x of torch (0.51x in training)",
+        True,
+        RNN,
+        multiply_adds=(0, 20_000),
+        dtype=torch.bfloat16,
+    ),
+    Slower(
+        "over 6 shapes 0.75x of torch (0.79x in training)",
+        False,
+        RNN,
+        steps=(1, 1),
+        dtype=torch.float32,
+    ),
+    Slower(
+        "over 4 shapes 0.84x of torch",
+        False,
+        ("gru",),
+        steps=(1, 1),
+        batch=(16, NO_LIMIT),
+        training=False,
+        dtype=torch.float32,
+    ),
+    Slower(
+        "over 3 shapes 0.70x of torch",
+        False,
+        ("lstm",),
+        steps=(16, NO_LIMIT),
+        batch=(8, NO_LIMIT),
+        hidden_size=(128, NO_LIMIT),
+        packed=False,
+        training=False,
+        dtype=torch.bfloat16,
+    ),
+    Slower(
+        "over 2 shapes 0.68x of torch in training",
+        False,
+        ("lstm",),
+        steps=(16, NO_LIMIT),
+        batch=(16, NO_LIMIT),
+        hidden_size=(128, NO_LIMIT),
+        packed=False,
+        training=True,
+        dtype=torch.bfloat16,
+    ),
+    Slower(
+        "over 2 shapes 0.67x of torch (0.85x in training)",
+        False,
+        ("gru",),
+        batch=(32, NO_LIMIT),
+        hidden_size=(256, NO_LIMIT),
+        packed=False,
+        dtype=torch.bfloat16,
+    ),
+)
+# By architecture; others are taken for a Zen 5.
+SLOWER = {"amx": EMERALD_RAPIDS}
+
 
 def forward_concessions(call) -> Iterator[str]:
     """The measured reason, if any, to leave a `RecurrentCall` on a CPU to torch."""
     if call.device != "cpu":
         return
     multiply_adds = call.batch * call.gates * call.hidden_size * (call.input_size + call.hidden_size)
-    for region in SLOWER:
+    for region in SLOWER.get(call.architecture, ZEN_5):
         if (
             call.cell == region.cell
             and call.mode in region.modes
