@@ -78,7 +78,7 @@ def speed_section(suite: str, on_gpu: bool, folder: Path = results.RESULTS) -> s
 def device_tables(document: dict) -> str:
     """One table for each instruction set a device was measured with, and where the figures come from."""
     instruction_sets = list(dict.fromkeys(row["isa"] for row in document["rows"]))
-    parts = [provenance(document["environment"]) + share_words(document)]
+    parts = [provenance(document["environment"]) + share_words(document), *pictures(document)]
     for isa in instruction_sets:
         rows = [row for row in document["rows"] if row["isa"] == isa]
         ours_only = (
@@ -87,6 +87,12 @@ def device_tables(document: dict) -> str:
         )
         parts += [ours_only] * (isa != "native") + [speed_table(rows)]
     return "\n\n".join(parts)
+
+
+def pictures(document: dict) -> list[str]:
+    """The committed picture of a device's speedups, where there is one."""
+    path = f"docs/plots/{document['environment']['device']}-{document['suite']}-speedup.png"
+    return [f"![times faster than torch, case by case]({path})"] if (ROOT / path).exists() else []
 
 
 def provenance(environment: dict) -> str:
