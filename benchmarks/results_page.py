@@ -79,6 +79,7 @@ def speedups(document: dict, suite: str, rows: Sequence[Row]) -> Iterator[Bars]:
             {PASS_WORDS.get(name, name): by_pass(name, speedup_of) for name in passes_of(beside_stock)},
             TIMES_FASTER,
             note,
+            mark=1.0,
         )
 
 
@@ -181,6 +182,7 @@ def bars_of(
     series: dict[str, Callable[[list[Row]], float | None]],
     axis: Axis,
     note: str = "",
+    mark: float | None = None,
 ) -> Bars:
     """Bars with the cases for names, or with the worst ones; a series is a function of a case's rows."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -192,7 +194,7 @@ def bars_of(
     values = {name: [figure(group) for group in grouped] for name, figure in series.items()}
     marks = [SLOWER * any(map(is_slower, group)) for group in grouped]
     names = [mark + case for mark, case in zip(marks, cases, strict=True)]
-    return Bars(title, names, values, axis, note)
+    return Bars(title, names, values, axis, note, mark)
 
 
 def by_pass(name: str, figure: Callable[[Row], float | None]) -> Callable[[list[Row]], float | None]:
