@@ -149,7 +149,8 @@ def compare(old: dict, new: dict, force: bool = False) -> Changes:
         [judged(change, spreads[suite], len(group)) for suite, group in groups.items() for change in group],
         [shift for suite, group in groups.items() for shift in shifts_of(suite, group)],
         spreads,
-        [key for key in olds if key not in news],
+        # Of suites that were measured now: an old run of all stands beside a new one of some.
+        [key for key in olds if key not in news and key[0] in suites],
         [key for key in news if key not in olds],
         (facts_of(old), facts_of(new)),
     )

@@ -232,3 +232,11 @@ def test_below_takes_rows_whose_whole_interval_is_below():
     ]
     assert [each["case"] for each in comparison.below(document(rows), 0.97)] == ["slow"]
     assert not comparison.below(document(rows), 0.5)
+
+
+def test_compare_says_nothing_of_suites_that_were_not_measured_again():
+    old, new = noisy(1), noisy(1)
+    old["rows"] += [row | {"suite": "another"} for row in old["rows"]]
+    assert compare(old, new).only_old == []
+    old["rows"].append(old["rows"][0] | {"case": "gone"})
+    assert [key[1] for key in compare(old, new).only_old] == ["gone"]
