@@ -7,8 +7,6 @@
 
 #include "attention_probabilities.h"
 
-#define INLINED __attribute__((always_inline))
-
 namespace pyarch {
 
 // a b; nothing where a is, whatever b is.

@@ -3,8 +3,6 @@
 
 #include <array>
 
-#define INLINED __attribute__((always_inline))
-
 namespace pyarch {
 namespace {
 

@@ -7,12 +7,12 @@ namespace {
 template <int R, int K, bool PADS, class T>
 ALWAYS_INLINE void correlate_chunk(Vec (&sums)[R], const T* source, int64_t step, Span real,
                                    const Vec (&weights)[K]) {
-  unrolled<R + K - 1>([&](auto index) __attribute__((always_inline)) {
+  unrolled<R + K - 1>([&](auto index) INLINED {
     constexpr int at = visited(index, R + K - 1);
     const T* const place = source + at * step;
     Vec value = load(PADS ? source_or_zeros(place, at, real) : place);
     IN_REGISTER(value);
-    unrolled<K>([&](auto k) __attribute__((always_inline)) {
+    unrolled<K>([&](auto k) INLINED {
       if constexpr (at >= k && at - k < R) sums[at - k] = fma(weights[k], value, sums[at - k]);
     });
   });
@@ -31,7 +31,7 @@ __attribute__((noinline)) void correlate_band(const TapTables& taps, const TapRa
                                               const CorrelateTile<T>& tile) {
   constexpr int WIDTH = VECTOR_WEIGHTS ? LANES : 1;
   constexpr int64_t ELEMENT_SIZES[] = {4, 2, 2};
-  const auto weight_at = [](const float* p) __attribute__((always_inline)) {
+  const auto weight_at = [](const float* p) INLINED {
     if constexpr (VECTOR_WEIGHTS)
       return load(p);
     else
@@ -57,7 +57,7 @@ __attribute__((noinline)) void correlate_band(const TapTables& taps, const TapRa
           const float* const weights =
               first_weights + ((group * depths + depth) * heights + height) * taps.inner * WIDTH;
           const Chunk* chunk = taps.chunks.data();
-          unrolled<CHUNK>([&](auto index) __attribute__((always_inline)) {
+          unrolled<CHUNK>([&](auto index) INLINED {
             constexpr int K = index + 1;
             for (; chunk != end && chunk->taps == K; ++chunk) {
               const Span real = range.real_sources(*chunk, R + K - 1, taps.spacing);

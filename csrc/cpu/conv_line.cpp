@@ -42,10 +42,10 @@ __attribute__((noinline)) void correlate(const Line& line, Span columns, const T
   const int64_t gap = line.dilation,
                 misplaced = reinterpret_cast<uintptr_t>(out + columns.begin) / sizeof(T) % LANES;
   sweep_columns(line, columns, STREAMS ? LANES - misplaced : LANES,
-                [&](int64_t column, int64_t lanes, auto inside) __attribute__((always_inline)) {
+                [&](int64_t column, int64_t lanes, auto inside) INLINED {
                   const int64_t place = column - line.before;
                   Vec sum = start;
-                  unrolled<K>([&](auto k) __attribute__((always_inline)) {
+                  unrolled<K>([&](auto k) INLINED {
                     const T* const p = source + place + k * gap;
                     if constexpr (inside)
                       sum = fma(held[k], load(p), sum);
@@ -68,28 +68,27 @@ __attribute__((noinline)) void reduce(const Line& line, Span columns, const T* s
   Vec even[K + 1], odd[K + 1];
   unrolled<K + 1>([&](auto k) { even[k] = odd[k] = zero(); });
   const int64_t gap = line.dilation;
-  sweep_columns(line, columns, LANES,
-                [&](int64_t column, int64_t lanes, auto inside) __attribute__((always_inline)) {
-                  const int64_t place = column - line.before;
-                  Vec grad;
-                  if constexpr (inside)
-                    grad = load(grad_out + column);
-                  else
-                    grad = load(grad_out + column, first_lanes(lanes));
-                  IN_REGISTER(grad);
-                  unrolled<K>([&](auto k) __attribute__((always_inline)) {
-                    const T* const p = source + place + k * gap;
-                    Vec value;
-                    if constexpr (inside)
-                      value = load(p);
-                    else
-                      value = load(p, real_lanes(line, place + k * gap, lanes));
-                    const Vec sum = fma(grad, value, even[k]);
-                    even[k] = odd[k], odd[k] = sum;
-                  });
-                  const Vec sum = add(grad, even[K]);
-                  even[K] = odd[K], odd[K] = sum;
-                });
+  sweep_columns(line, columns, LANES, [&](int64_t column, int64_t lanes, auto inside) INLINED {
+    const int64_t place = column - line.before;
+    Vec grad;
+    if constexpr (inside)
+      grad = load(grad_out + column);
+    else
+      grad = load(grad_out + column, first_lanes(lanes));
+    IN_REGISTER(grad);
+    unrolled<K>([&](auto k) INLINED {
+      const T* const p = source + place + k * gap;
+      Vec value;
+      if constexpr (inside)
+        value = load(p);
+      else
+        value = load(p, real_lanes(line, place + k * gap, lanes));
+      const Vec sum = fma(grad, value, even[k]);
+      even[k] = odd[k], odd[k] = sum;
+    });
+    const Vec sum = add(grad, even[K]);
+    even[K] = odd[K], odd[K] = sum;
+  });
   unrolled<K + 1>([&](auto k) { store(to + k * LANES, add(load(to + k * LANES), add(even[k], odd[k]))); });
 }
 

@@ -16,11 +16,11 @@ ALWAYS_INLINE void reduce_chunk(const Vec (&grad)[R], float* grad_weights, Load&
   constexpr int CHAINS = chains(K);
   Vec sums[CHAINS][K];
   unrolled<CHAINS>([&](auto chain) { unrolled<K>([&](auto k) { sums[chain][k] = zero(); }); });
-  unrolled<R + K - 1>([&](auto index) __attribute__((always_inline)) {
+  unrolled<R + K - 1>([&](auto index) INLINED {
     constexpr int at = visited(index, R + K - 1);
     Vec value = source_at(std::integral_constant<int, at>{});
     IN_REGISTER(value);
-    unrolled<K>([&](auto k) __attribute__((always_inline)) {
+    unrolled<K>([&](auto k) INLINED {
       if constexpr (at >= k && at - k < R)
         sums[index % CHAINS][k] = fma(grad[at - k], value, sums[index % CHAINS][k]);
     });
@@ -35,7 +35,7 @@ ALWAYS_INLINE void reduce_chunk(const Vec (&grad)[R], float* grad_weights, Load&
 template <int R, bool ALL_LANES, bool PADS, class T>
 __attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange& range,
                                            const ReduceTile<T>& tile) {
-  const auto load_lanes = [&](const T* p) __attribute__((always_inline)) {
+  const auto load_lanes = [&](const T* p) INLINED {
     if constexpr (ALL_LANES)
       return load(p);
     else
@@ -60,7 +60,7 @@ __attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange
         float* const sums =
             tile.grad_weights + i * tile.run.weights + (depth * heights + height) * taps.inner * LANES;
         const Chunk* chunk = taps.chunks.data();
-        unrolled<CHUNK>([&](auto index) __attribute__((always_inline)) {
+        unrolled<CHUNK>([&](auto index) INLINED {
           constexpr int K = index + 1;
           for (; chunk != end && chunk->taps == K; ++chunk) {
             const Span real = range.real_sources(*chunk, R + K - 1, taps.spacing);
@@ -70,7 +70,7 @@ __attribute__((noinline)) void reduce_band(const TapTables& taps, const TapRange
                 sums + (chunk->weight + (lanes.begin - chunk->lane.begin) * chunk->step) * LANES;
             for (int64_t lane = lanes.begin; lane < lanes.end; ++lane, lane_sums += chunk->step * LANES) {
               const T* const first = source + chunk->source + taps.lane[lane];
-              reduce_chunk<R, K>(grad, lane_sums, [&](auto at) __attribute__((always_inline)) {
+              reduce_chunk<R, K>(grad, lane_sums, [&](auto at) INLINED {
                 const T* const place = first + at * step;
                 return load_lanes(PADS ? source_or_zeros(place, at, real) : place);
               });

@@ -33,7 +33,7 @@ __attribute__((noinline)) void spread_strip(const SpreadPlan& plan, Span rows, c
   const int64_t first = floor_div(rows.begin + plan.before[0], 2),
                 last = floor_div(rows.end - 1 + plan.before[0], 2);
   // Columns b and b - 1 of one row.
-  const auto load_row = [&](int64_t pair, Vec& here, Vec& before) __attribute__((always_inline)) {
+  const auto load_row = [&](int64_t pair, Vec& here, Vec& before) INLINED {
     here = before = zero();
     if (pair < 0 || pair >= sources) return;
     const T* const place = grad_out + pair * width + strip.pair;

@@ -16,14 +16,14 @@ constexpr int64_t load_offset(int load, int stride, int64_t tap_step) {
 
 template <int K, int S, bool INSIDE, class T>
 ALWAYS_INLINE void load_taps(const T* row, int64_t tap_step, const Strip& strip, Vec (&taps)[K]) {
-  const auto loaded = [&](auto i) __attribute__((always_inline)) {
+  const auto loaded = [&](auto i) INLINED {
     const T* const place = row + load_offset(i, S, tap_step);
     if constexpr (INSIDE)
       return load(place);
     else
       return load(place, strip.loads[i]);
   };
-  unrolled<K>([&](auto k) __attribute__((always_inline)) {
+  unrolled<K>([&](auto k) INLINED {
     if constexpr (S == 1) {
       taps[k] = loaded(k);
       IN_REGISTER(taps[k]);
@@ -54,10 +54,9 @@ ALWAYS_INLINE void walk_rows(const Walk& walk, Visit&& visit) {
                 last = std::min((walk.targets - 1) * S + 1, walk.real.end);
   for (int64_t row = 0; row < rows; row += cycle(K, S)) {
     if (row >= first && row + cycle(K, S) <= last)
-      unrolled<cycle(K, S)>(
-          [&](auto phase) __attribute__((always_inline)) { visit(phase, row + phase, std::false_type{}); });
+      unrolled<cycle(K, S)>([&](auto phase) INLINED { visit(phase, row + phase, std::false_type{}); });
     else
-      unrolled<cycle(K, S)>([&](auto phase) __attribute__((always_inline)) {
+      unrolled<cycle(K, S)>([&](auto phase) INLINED {
         if (row + phase < rows) visit(phase, row + phase, std::true_type{});
       });
   }
@@ -73,13 +72,13 @@ __attribute__((noinline)) void correlate_strip(const Walk& walk, const Strip& st
   });
   unrolled<live(K, S)>([&](auto i) { sums[i] = zero(); });
   const Vec start = broadcast(bias);
-  walk_rows<K, S>(walk, [&](auto phase, int64_t row, auto checked) __attribute__((always_inline)) {
+  walk_rows<K, S>(walk, [&](auto phase, int64_t row, auto checked) INLINED {
     if constexpr (phase % S == 0) sums[slot(phase, 0, K, S)] = start;
     if (!checked || (row >= walk.real.begin && row < walk.real.end)) {
       __builtin_prefetch(source + walk.fetch_source);
       Vec taps[K];
       load_taps<K, S, INSIDE>(source, walk.tap_step, strip, taps);
-      unrolled<K * K>([&](auto i) __attribute__((always_inline)) {
+      unrolled<K * K>([&](auto i) INLINED {
         constexpr int to = slot(phase, i % K, K, S);
         if constexpr (to >= 0) sums[to] = fma(held[i % K][i / K], taps[i / K], sums[to]);
       });
@@ -106,7 +105,7 @@ __attribute__((noinline)) void reduce_strip(const Walk& walk, const Strip& strip
   Vec sums[K][K], grads[live(K, S)], total = zero();
   unrolled<K * K>([&](auto i) { sums[i / K][i % K] = zero(); });
   unrolled<live(K, S)>([&](auto i) { grads[i] = zero(); });
-  walk_rows<K, S>(walk, [&](auto phase, int64_t row, auto checked) __attribute__((always_inline)) {
+  walk_rows<K, S>(walk, [&](auto phase, int64_t row, auto checked) INLINED {
     if constexpr (phase % S == 0) {
       if (!checked || row < walk.targets * S) {
         Vec grad;
@@ -124,7 +123,7 @@ __attribute__((noinline)) void reduce_strip(const Walk& walk, const Strip& strip
       __builtin_prefetch(source + walk.fetch_source);
       Vec taps[K];
       load_taps<K, S, INSIDE>(source, walk.tap_step, strip, taps);
-      unrolled<K>([&](auto kh) __attribute__((always_inline)) {
+      unrolled<K>([&](auto kh) INLINED {
         constexpr int from = slot(phase, kh, K, S);
         if constexpr (from >= 0) {
           if (!checked || (row >= kh && row - kh <= (walk.targets - 1) * S))

@@ -3,9 +3,6 @@
 
 #include <array>
 
-// Lambdas that must see values in registers.
-#define INLINED __attribute__((always_inline))
-
 namespace pyarch {
 namespace {
 

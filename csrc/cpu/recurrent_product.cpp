@@ -33,7 +33,7 @@ __attribute__((noinline)) void tile(int64_t depth, Product<Operand> product, con
   unrolled<SETS>([&](auto set) {
     unrolled<ROWS>([&](auto r) { unrolled<WIDTH>([&](auto v) { sums[set][r][v] = zero(); }); });
   });
-  const auto step = [&](auto set) __attribute__((always_inline)) {
+  const auto step = [&](auto set) INLINED {
     Vec weights[WIDTH];
     unrolled<WIDTH>([&](auto v) {
       Vec loaded = load_cells(w + v * LANES * CELL);

@@ -10,6 +10,8 @@
 #include <utility>
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+// The same of a lambda.
+#define INLINED __attribute__((always_inline))
 
 namespace pyarch {
 
@@ -34,9 +36,8 @@ ALWAYS_INLINE float to_float(float16 value) { return _cvtsh_ss(value.bits); }
 // stay in registers.
 template <int Count, class Body>
 ALWAYS_INLINE void unrolled(Body&& body) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (body(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, Count>{});
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      INLINED { (body(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, Count>{});
 }
 
 #if defined(__AVX512F__)
