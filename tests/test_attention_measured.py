@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyarch.ops.attention_call import AttentionCall
-from pyarch.ops.attention_measured import SLOWER, forward_concessions
+from pyarch.ops.attention_measured import EMERALD_RAPIDS, forward_concessions
 
 SMALL = AttentionCall("cpu", "amx", torch.float32, 2, 8, 8, 16, 16, 64, 64)
 
@@ -35,4 +35,4 @@ def test_attention_concedes_where_torch_was_measured_faster(changes, conceded):
 
 
 def test_attention_regions_are_each_there_once():
-    assert len(SLOWER) == len(set(SLOWER))
+    assert len(EMERALD_RAPIDS) == len(set(EMERALD_RAPIDS))

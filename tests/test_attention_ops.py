@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyarch
-from pyarch import dispatch
+from pyarch import dispatch, hardware
 from pyarch.ops import attention, attention_measured
 from pyarch.ops.attention_call import describe, misfit
 from pyarch.reference import attention as reference
@@ -18,6 +18,7 @@ from tests.attention_cases import SOME, Case, cases, heads_last, table
 from tests.attention_functions import close, drawn, each_backend, ours, outcome, ran, stock
 
 OPERATOR = "attention"
+CPU = torch.device("cpu")
 FORWARD_OP = torch.ops.pyarch.attention_forward.default
 BACKWARD_OP = torch.ops.pyarch.attention_backward.default
 WEIGHTS_OP = torch.ops.pyarch.attention_weights.default
@@ -142,7 +143,7 @@ def fresh_choices():
 def concede(monkeypatch, **region):
     """Pretend that a sweep had found torch faster there; decisions already taken are forgotten."""
     slower = attention_measured.Slower("over 2 shapes 0.50x of torch", **region)
-    monkeypatch.setattr(attention_measured, "SLOWER", (slower,))
+    monkeypatch.setattr(attention_measured, "SLOWER", {hardware.architecture(CPU): (slower,)})
     forget_decisions()
 
 
