@@ -74,10 +74,14 @@ def test_conv_concedes_nothing_on_a_gpu():
     assert not list(forward_concessions(call(96, 56, 4, channels_last=True)._replace(device="cuda")))
 
 
-@pytest.mark.parametrize("regions", [ZEN_5, EMERALD_RAPIDS])
-def test_conv_gives_one_reason_a_call(regions):
-    described = call(8, 40, 3, channels_last=True)
+@pytest.mark.parametrize("architecture", ["avx512", "amx"])
+def test_conv_gives_one_reason_a_call(architecture):
+    described = call(8, 20, 5, channels_last=True, dimensions=3)._replace(architecture=architecture)
     assert len(list(forward_concessions(described))) == 1
+
+
+@pytest.mark.parametrize("regions", [ZEN_5, EMERALD_RAPIDS])
+def test_conv_regions_are_each_there_once(regions):
     assert len(regions) == len(set(regions))
 
 
