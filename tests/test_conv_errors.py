@@ -101,6 +101,20 @@ def test_conv_errors_of_wrong_types_are_type_errors(input, settings):
         depthwise_conv(input, ones(8, 1, 3, 3), **settings)
 
 
+@pytest.mark.parametrize("bias", [1, [1.0] * 8])
+def test_conv_errors_of_a_bias_that_is_no_tensor_are_torchs(bias):
+    def run(function, **settings):
+        return failure_of(lambda: function(ones(1, 8, 5, 5), ones(8, 1, 3, 3), bias, **settings))
+
+    (kind, text), (found, ours) = run(F.conv2d), run(depthwise_conv)
+    assert found is kind is TypeError and ours.partition(" - got")[0] == text.partition(" - got")[0]
+
+
+def test_conv_errors_a_weight_that_is_no_tensor():
+    with pytest.raises(TypeError, match=r"argument 'weight' \(position 2\) must be Tensor, not list"):
+        depthwise_conv(ones(1, 8, 5), [[[1.0]]] * 8)
+
+
 def test_conv_errors_the_texts_users_know():
     """The two texts that the library most often meets, so that a change in torch's words is seen."""
     kind, text = failure_of(lambda: OURS[2](8, 8, 3, groups=8)(ones(1, 7, 5, 5)))

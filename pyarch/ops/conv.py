@@ -256,6 +256,10 @@ def depthwise_conv(
         RuntimeError, ValueError, TypeError: as torch's own operator, in its words.
         NotImplementedError: a backend asked for by name refuses the call.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"depthwise_conv(): argument 'weight' (position 2) must be Tensor, not {type(weight).__name__}"
+        )
     dimensions = weight.dim() - 2
     is_sized = isinstance(input, Tensor) and input.dim() > dimensions > 0
     channels = input.shape[-dimensions - 1] if is_sized else 1
@@ -274,10 +278,11 @@ def depthwise_conv(
 
 def convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, backend) -> Tensor:
     """`depthwise_conv` on settings already spelled out for every dimension, as a module holds them."""
-    if not isinstance(input, Tensor):
-        return convolve_stock(input, weight, bias, stride, padding, dilation, groups, padding_mode)
     as_torch_takes_it = stride, padding, dilation, groups, padding_mode
-    like = _likeness(input, weight, bias, as_torch_takes_it, backend)
+    if not (isinstance(input, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        return convolve_stock(input, weight, bias, *as_torch_takes_it)
+    trains = _wants_gradients(input, weight, bias)
+    like = None if trains else _likeness(input, weight, bias, as_torch_takes_it, backend)
     if like in _decided:
         run, settings = _decided[like]
         return run(input, weight, bias, *settings)
@@ -289,7 +294,7 @@ def convolve(input, weight, bias, stride, padding, dilation, groups, padding_mod
     if input.dim() == weight.dim() - 1:
         return convolve(input.unsqueeze(0), weight, bias, *as_torch_takes_it, backend).squeeze(0)
     settings = stride, pairs, dilation, padding_mode
-    if _wants_gradients(input, weight, bias):
+    if trains:
         return _DepthwiseConv.apply(input, weight, bias, *settings, backend)
     if like is None:
         return _forward_op(input, weight, bias, *settings, backend)
@@ -311,7 +316,7 @@ def _likeness(input, weight, bias, settings, backend) -> tuple | None:
     None for any other call. The types of the settings tell 1 from 1.0, which torch refuses.
     """
     present = (input, weight) if bias is None else (input, weight, bias)
-    if not is_ordinary(present) or _wants_gradients(input, weight, bias) or torch.jit.is_tracing():
+    if not is_ordinary(present) or torch.jit.is_tracing():
         return None
     if input.device.type == "meta" or not input.layout == weight.layout == torch.strided:
         return None
