@@ -298,17 +298,21 @@ def drawn_cases(draw):
     )
 
 
-@each_dtype
-@native_kernels
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-@given(case=drawn_cases(), seed=st.integers(0, 2**16))
-def test_conv_backends_drawn(backend, dtype, case, seed):
+def check_drawn(backend, dtype, case, seed):
     with pytest.MonkeyPatch.context() as patch:
         backend.serve(patch)
         torch.manual_seed(seed)
         tensors = case.tensors(dtype)
         assume(any(t.any() for t in in_double(case, tensors)[1:] if t is not None))
         check_all(case, tensors, backend.both(case, *tensors))
+
+
+@each_dtype
+@native_kernels
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(case=drawn_cases(), seed=st.integers(0, 2**16))
+def test_conv_backends_drawn(backend, dtype, case, seed):
+    check_drawn(backend, dtype, case, seed)
 
 
 @st.composite
@@ -342,12 +346,7 @@ def drawn_in_place(draw):
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(case=drawn_in_place(), seed=st.integers(0, 2**16))
 def test_conv_backends_drawn_small_kernels(backend, dtype, case, seed):
-    with pytest.MonkeyPatch.context() as patch:
-        backend.serve(patch)
-        torch.manual_seed(seed)
-        tensors = case.tensors(dtype)
-        assume(any(t.any() for t in in_double(case, tensors)[1:] if t is not None))
-        check_all(case, tensors, backend.both(case, *tensors))
+    check_drawn(backend, dtype, case, seed)
 
 
 # ------------------------------------------------------------------------------------ torch's own defect
