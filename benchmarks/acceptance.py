@@ -5,8 +5,8 @@
 Every step is a process of its own with a time limit, and none depends on another's success: a step that
 fails or runs out of time leaves what it has written, and the next one starts. At the end stands a short
 table, and FOLDER holds acceptance.json (each step's outcome, seconds and last words), one file a suite of
-benchmarks, the tests line by line, the sanitizer's summary and log.txt. The exit status is 0 when every step
-passed.
+benchmarks, the tests line by line, those too that time did not reach, the sanitizer's summary and log.txt.
+The exit status is 0 when every step passed.
 
 A rehearsal runs every step on a machine without a GPU: each has to get to the point where it says that there
 is none.
@@ -15,7 +15,6 @@ is none.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -23,33 +22,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.acceptance_results import counts_of, list_unreached, print_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("conv", "recurrent", "attention")
 # Seconds of the whole, and those left for the words at the end.
 LIMIT, RESERVE = 530, 10
-# A process that is asked to end has so long to write what it has.
-GRACE = 10
+# A process that is asked to end has so long to write what it has; one that knows its limit ends before.
+GRACE, SPARE = 10, 5
 TAIL = 3000
 # A rehearsal shares its few cores with other work; its times say nothing.
 PATIENCE = 5
 NO_GPU = re.compile(r"no CUDA GPU|needs a GPU that torch sees|has no torch that sees a GPU")
-# Programs of the first wait for each other and get the GPU to themselves; the second fills its memory.
-PERSISTENT, LARGE = "tests/test_recurrent_persistent_triton.py", "tests/test_gpu_large.py"
+# Its programs wait for each other, so it gets the GPU to itself.
+PERSISTENT = "tests/test_gpu_persistent.py"
 UNBUILT = (("PYARCH_BUILD_EXT", "0"),)
+# Tests that run side by side leave no core for the many compilers that inductor would start for each.
+ONE_COMPILER = (("TORCHINDUCTOR_COMPILE_THREADS", "1"),)
 
 
 @dataclass(frozen=True)
 class Step:
     """One process: arguments behind `python`, its time limit in seconds, the file it writes.
 
-    `rehearsal`: other arguments on a machine without a GPU; `says`: whether they must name the missing GPU.
+    `rehearsal`: other arguments on a machine without a GPU; `says`: whether they must name the missing GPU;
+    `told_limit`: whether the process takes --limit, of seconds, and ends by itself shortly before its time.
     """
 
     name: str
@@ -58,7 +60,12 @@ class Step:
     file: str | None = None
     rehearsal: tuple[str, ...] | None = None
     says: bool = True
+    told_limit: bool = False
     environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.file is None else Path(self.file)
 
 
 def workers() -> int:
@@ -67,10 +74,10 @@ def workers() -> int:
 
 
 def gpu_test_files() -> list[str]:
-    """The files of tests on a GPU, what is broad first, but for the one that needs the GPU to itself."""
+    """The files of tests on a GPU but for the one that needs the GPU to itself."""
     paths = [*sorted(ROOT.glob("tests/test_gpu_*.py")), *sorted(ROOT.glob("tests/test_*_triton.py"))]
     names = [path.relative_to(ROOT).as_posix() for path in paths]
-    return [name for name in names if name not in (PERSISTENT, LARGE)] + [LARGE]
+    return [name for name in names if name != PERSISTENT]
 
 
 def steps_of(folder: Path, commit: str, suites_folder: Path) -> list[Step]:
@@ -79,13 +86,21 @@ def steps_of(folder: Path, commit: str, suites_folder: Path) -> list[Step]:
     install = ("-m", "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps")
     build = ("setup.py", "--quiet")
     # One dtype, so that it ends in time; python -m benchmarks.sanitizer alone takes more.
-    watch = ("-m", "benchmarks.sanitizer", "--dtypes", "bf16", "--limit", "75", "--json")
+    watch = ("-m", "benchmarks.sanitizer", "--dtypes", "bf16", "--json")
     tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-rfEs", "--gpu-log")
-    aside = ("--dist=loadgroup", "--max-worker-restart=999")
+    # One test at a time, in order: see tests/gpu_session.py.
+    aside = ("--dist=load", "--maxschedchunk=1", "--max-worker-restart=999")
 
     def tested(name: str, workers: int, limit: float, *which: str) -> Step:
         file = str(folder / f"{name}.jsonl")
-        return Step(name, (*tests, file, f"-n{workers}", *aside, *which), limit, file, (*tests, file, *which))
+        return Step(
+            name,
+            (*tests, file, f"-n{workers}", *aside, *which),
+            limit,
+            file,
+            rehearsal=(*tests, file, *which),
+            environment=ONE_COMPILER,
+        )
 
     def suite(name: str) -> Step:
         file = str(suites_folder / f"{stem}-{name}.json")
@@ -99,9 +114,9 @@ def steps_of(folder: Path, commit: str, suites_folder: Path) -> list[Step]:
         Step("install", install, 40, rehearsal=(*install, "--dry-run"), says=False, environment=UNBUILT),
         Step("build", (*build, "build_ext", "--inplace"), 60, rehearsal=(*build, "--version"), says=False),
         tested("tests", workers(), 210, *gpu_test_files()),
-        tested("persistent", 1, 40, PERSISTENT),
+        tested("persistent", 1, 60, PERSISTENT),
         *(suite(name) for name in SUITES),
-        Step("sanitizer", (*watch, sanitizer), 80, sanitizer),
+        Step("sanitizer", (*watch, sanitizer), 80, sanitizer, told_limit=True),
     ]  # fmt: skip
 
 
@@ -114,7 +129,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--results", metavar="FOLDER", help="where everything is written")
     parser.add_argument("--commit", default="unknown", help="the commit measured")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps; one alone has all the time")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps; the last has all the time")
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help="of the whole")
     parser.add_argument("--rehearse", action="store_true", help="on a machine without a GPU")
     parser.add_argument("--machine", action="store_true", help="print what this machine is, and nothing else")
@@ -150,7 +165,8 @@ def run_steps(steps: list[Step], folder: Path, options: argparse.Namespace) -> l
     for step in steps:
         left = options.limit - RESERVE - (time.monotonic() - begin)
         try:
-            rows.append(run_step(step, limit_of(step, options), left, log, options.rehearse))
+            limit = limit_of(step, options, is_last=step is steps[-1])
+            rows.append(run_step(step, limit, left, log, options.rehearse))
         except KeyboardInterrupt:
             rows.append(row_of(step, "interrupted", 0.0, ""))
         document = {"schema": 1, "commit": options.commit, "rehearsed": options.rehearse, "steps": rows}
@@ -161,9 +177,9 @@ def run_steps(steps: list[Step], folder: Path, options: argparse.Namespace) -> l
     return rows
 
 
-def limit_of(step: Step, options: argparse.Namespace) -> float:
-    """A step's own limit; one that is asked for alone has all the time."""
-    if options.only and len(options.only) == 1:
+def limit_of(step: Step, options: argparse.Namespace, is_last: bool) -> float:
+    """A step's own limit; the last of those that are asked for has all the time."""
+    if options.only and is_last:
         return options.limit
     return step.limit * (PATIENCE if options.rehearse else 1)
 
@@ -172,8 +188,14 @@ def run_step(step: Step, limit: float, left: float, log: Path, rehearse: bool) -
     """One step's row; seconds of its own and of the whole run."""
     if left < 1:
         return row_of(step, "no time", 0.0, "")
+    limit = min(limit, left)
     arguments = step.rehearsal if rehearse and step.rehearsal else step.arguments
+    if step.told_limit:
+        arguments += ("--limit", f"{max(limit - SPARE, 1):.0f}")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(step.environment)
+    if step.path:
+        # An earlier run's results are not this one's.
+        step.path.unlink(missing_ok=True)
     begin = time.monotonic()
     with open(log, "a+b") as output:
         start = output.seek(0, os.SEEK_END)
@@ -189,7 +211,7 @@ def run_step(step: Step, limit: float, left: float, log: Path, rehearse: bool) -
             start_new_session=True,
         )
         try:
-            code = wait(process, min(limit, left))
+            code = wait(process, limit)
         finally:
             end(process)
         output.seek(start)
@@ -197,6 +219,7 @@ def run_step(step: Step, limit: float, left: float, log: Path, rehearse: bool) -
     outcome = (
         rehearsed(step, code, said) if rehearse else {0: "passed", None: "out of time"}.get(code, "failed")
     )
+    list_unreached(step.path)
     return row_of(step, outcome, time.monotonic() - begin, said)
 
 
@@ -230,43 +253,18 @@ def end(process: subprocess.Popen) -> None:
 
 
 def row_of(step: Step, outcome: str, seconds: float, said: str) -> dict:
-    counts = counts_of(step)
+    counts = counts_of(step.path)
     return {
         "step": step.name,
         "outcome": outcome,
         "seconds": round(seconds, 1),
         "counts": counts,
-        "file": None if step.file is None else Path(step.file).name,
+        "file": step.path and step.path.name,
         "tail": said[-TAIL:],
     }
 
 
-# ------------------------------------------------------------------------------------ what came of it
-
-
-def counts_of(step: Step) -> dict[str, int]:
-    """What a step's file holds, in numbers; empty where it wrote none."""
-    path = Path(step.file or "")
-    if not path.is_file():
-        return {}
-    if path.suffix == ".jsonl":
-        lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-        return dict(Counter(line["outcome"] for line in lines))
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if "tools" in document:
-        return {name: tool["errors"] + len(tool["failures"]) for name, tool in document["tools"].items()}
-    failures = sum(bool(row.get("failure")) for row in document["rows"])
-    return {"rows": len(document["rows"]), "failures": failures}
-
-
-def print_table(rows: list[dict]) -> None:
-    print(f"\n{'step':12} {'outcome':12} {'seconds':>7}  counts")
-    for row in rows:
-        counts = ", ".join(f"{count} {name}" for name, count in row["counts"].items())
-        print(f"{row['step']:12} {row['outcome']:12} {row['seconds']:7.1f}  {counts}")
-    for row in rows:
-        if row["outcome"] not in ("passed", "rehearsed"):
-            print(f"\n---- {row['step']}: {row['outcome']}\n{row['tail'][-600:]}")
+# ------------------------------------------------------------------------------------ the machine
 
 
 def print_machine() -> int:

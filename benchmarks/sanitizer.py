@@ -106,12 +106,14 @@ def run_calls(device: str, dtypes: list[str], names: list[str]) -> int:
                 if device == "cuda":
                     torch.cuda.synchronize()
                 line["finite"] = all(bool(each.isfinite().all()) for each in made if each is not None)
+            # Whatever it is, it is this call's result, and the calls behind it still run.
             except Exception as error:
                 line["failure"] = f"{type(error).__name__}: {error}"[:TAIL]
             line["kernels"] = sorted(set(launched))
             failed = failed or "failure" in line
+            line["lost"] = "failure" in line and device == "cuda" and is_lost()
             print(json.dumps(line), flush=True)
-            if "failure" in line and device == "cuda" and is_lost():
+            if line["lost"]:
                 # Not by way of exit handlers, which would wait for a device that no longer answers.
                 os._exit(LOST)
     Launch.run = launch
@@ -176,8 +178,8 @@ def watch_share(tool: str, calls: list[str], dtypes: list[str], deadline: float)
         if code is None:
             part["failures"] |= dict.fromkeys(left, "not finished within the time limit")
             break
-        if left and (code != LOST or not lines):
-            # It died within a call and could not say so.
+        if left and not (lines and lines[-1].get("lost")):
+            # It died within a call and could not say so. A tool may hide the status of what it watches.
             part["failures"][left.pop(0)] = f"the process ended with status {code}: {log[-TAIL // 4 :]}"
     return part
 

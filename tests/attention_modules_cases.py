@@ -255,7 +255,7 @@ def is_learned(value: object) -> bool:
 def cotangent(output: Tensor, rounded: torch.dtype) -> Tensor:
     """A random gradient, the same for every run and exact in every dtype."""
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(output.shape, generator=generator).to(rounded).to(output.dtype)
+    return torch.randn(output.shape, generator=generator).to(rounded).to(output)
 
 
 def widened(value: object) -> object:

@@ -8,6 +8,7 @@ graphs, compilation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -232,9 +233,21 @@ def placed(tensor: Tensor, device: str | torch.device) -> Tensor:
     return storage.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
+@contextmanager
+def precision(tf32: bool):
+    """Products of float32 in tf32, by torch's switches for matrices and for cuDNN's layers, or in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def full_precision():
     """float32 products in float32: what the rule compares with."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return precision(tf32=False)
 
 
 def chosen_backends(run: Callable[[], object]) -> set[tuple[str, str]]:
@@ -254,15 +267,15 @@ def answers_of(call: Call, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[
     return near, wide
 
 
-def hold(call: Call, dtype: torch.dtype, ours: dict[str, Tensor]) -> None:
-    """Hold results and gradients to the rule, see ROUNDINGS."""
+def hold(call: Call, dtype: torch.dtype, ours: dict[str, Tensor], noise: float | None = None) -> None:
+    """Hold results and gradients to the rule, see ROUNDINGS; `noise` stands in where products are coarser."""
+    noise = ROUNDINGS[dtype] * torch.finfo(dtype).eps if noise is None else noise
     near, wide = answers_of(call, dtype)
     assert set(ours) == set(wide)
     largest = max((largest_of(each) for name, each in wide.items() if name.startswith("grad")), default=0.0)
     assert largest > 0 or not call.differentiable, "every gradient is zero, the case proves nothing"
     for name, result in ours.items():
         layer = largest if name.startswith("grad") else 0.0
-        noise = ROUNDINGS[dtype] * torch.finfo(dtype).eps
         check(name, result.cpu(), near[name].to(result.dtype), wide[name], layer, noise)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from benchmarks import acceptance
+from benchmarks import acceptance, acceptance_results
 from benchmarks.acceptance import Step
 
 
@@ -79,7 +80,7 @@ def test_acceptance_counts_what_steps_wrote(tmp_path):
     (tmp_path / "sanitizer.json").write_text(json.dumps({"tools": tools}))
 
     def counts(name):
-        return acceptance.counts_of(Step("step", (), 1, str(tmp_path / name)))
+        return acceptance_results.counts_of(tmp_path / name)
 
     assert counts("tests.jsonl") == {"passed": 2, "failed": 1}
     assert counts("conv.json") == {"rows": 2, "failures": 1}
@@ -95,15 +96,49 @@ def test_acceptance_writes_few_files_and_in_one_folder(tmp_path):
 
 
 def test_acceptance_tests_are_all_that_need_a_gpu():
-    from benchmarks.acceptance import LARGE, PERSISTENT, ROOT, gpu_test_files
+    from benchmarks.acceptance import PERSISTENT, ROOT, gpu_test_files
 
-    files = {*gpu_test_files(), PERSISTENT}
+    files = gpu_test_files()
     marked = {
         f"tests/{path.name}"
         for path in ROOT.glob("tests/test_*.py")
-        if "mark.gpu\n" in path.read_text() or "@on_gpu\n" in path.read_text()
+        if re.search(r"^@(pytest\.mark\.gpu|on_gpu|large\(\d+\))$", path.read_text(), re.MULTILINE)
     }
-    assert LARGE in files and marked <= files
+    assert len(set(files)) == len(files) and PERSISTENT not in files
+    assert marked <= {*files, PERSISTENT}
+
+
+def test_acceptance_lists_tests_that_time_did_not_reach(tmp_path, monkeypatch):
+    """A session that was killed while it wrote a line."""
+    log = tmp_path / "tests.jsonl"
+    lines = [{"collected": ["a", "b", "c"]}, {"test": "b", "outcome": "passed"}]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"test": "a", "outco'
+    step = Step("tests", ("-c", f"open({str(log)!r}, 'w').write({text!r})"), 20, str(log))
+    _, (row,) = run([step], tmp_path, monkeypatch=monkeypatch)
+    assert row["counts"] == {"passed": 1, "not reached": 2}
+    assert [(line["test"], line["outcome"]) for line in acceptance_results.lines_of(log)] == [
+        ("b", "passed"), ("a", "not reached"), ("c", "not reached"),
+    ]  # fmt: skip
+
+
+def test_acceptance_gives_the_last_step_asked_for_all_the_time(tmp_path, monkeypatch):
+    steps = [Step(name, ("-c", "import time; time.sleep(2)"), 0.1) for name in ("one", "other", "last")]
+    monkeypatch.setattr(acceptance, "GRACE", 1)
+    _, rows = run(steps, tmp_path, "--only", "one", "other", monkeypatch=monkeypatch)
+    assert [row["outcome"] for row in rows] == ["out of time", "passed"]
+
+
+def test_acceptance_takes_no_results_of_an_earlier_run(tmp_path, monkeypatch):
+    (tmp_path / "old.jsonl").write_text('{"test": "a", "outcome": "passed"}\n')
+    step = Step("fails", ("-c", "raise SystemExit(1)"), 20, str(tmp_path / "old.jsonl"))
+    _, (row,) = run([step], tmp_path, monkeypatch=monkeypatch)
+    assert row["outcome"] == "failed" and row["counts"] == {}
+
+
+def test_acceptance_tells_a_step_how_long_it_has(tmp_path, monkeypatch):
+    step = Step("told", ("-c", "import sys; print(sys.argv[1:])"), 20, told_limit=True)
+    _, (row,) = run([step], tmp_path, monkeypatch=monkeypatch)
+    assert "['--limit', '15']" in row["tail"]
 
 
 @pytest.mark.slow

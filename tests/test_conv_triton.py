@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.compare import check
+from tests.gpu_calls import full_precision
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -185,7 +186,7 @@ def test_conv_matches_float64_by_interpreter(name, dtype):
 )
 @pytest.mark.parametrize("name", CASES)
 def test_conv_matches_float64_on_gpu(name, dtype):
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with full_precision():
         hold_to_reference(CASES[name], dtype, "cuda")
 
 
@@ -210,7 +211,7 @@ LARGE_CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", LARGE_CASES)
 def test_conv_matches_float64_on_gpu_at_real_sizes(name, dtype):
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with full_precision():
         hold_to_reference(LARGE_CASES[name], dtype, "cuda")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyarch.reference import recurrent as reference
 from tests.compare import check, error
+from tests.gpu_calls import full_precision, precision
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -157,7 +158,8 @@ class Problem:
         x, states, weights = leaves[0], leaves[1 : -len(self.weights)], leaves[-len(self.weights) :]
         operator = getattr(torch._VF, case.mode)
         hx = states if case.mode == "lstm" else states[0]
-        options = (case.bias, 1, 0.0, False, case.directions == 2)
+        # In training, without which cuDNN refuses a backward.
+        options = (case.bias, 1, 0.0, True, case.directions == 2)
         if case.lengths:
             results = operator(x, case.batch_sizes(), hx, weights, *options)
         else:
@@ -443,7 +445,7 @@ gpu_dtypes = pytest.mark.parametrize(
 @gpu_dtypes
 @each_case
 def test_recurrent_matches_float64_on_gpu(backend, name, path, dtype):
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with full_precision():
         hold_to_torch(Problem.drawn((CASES | PROJECTIONS)[name], dtype, "cuda"), path)
 
 
@@ -453,7 +455,7 @@ def test_recurrent_matches_float64_on_gpu(backend, name, path, dtype):
 @gpu_dtypes
 @pytest.mark.parametrize("name", LARGE_CASES | STEP_CASES)
 def test_recurrent_matches_float64_on_gpu_at_real_sizes(backend, name, dtype):
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with full_precision():
         hold_to_torch(Problem.drawn((LARGE_CASES | STEP_CASES)[name], dtype, "cuda"), None)
 
 
@@ -463,10 +465,10 @@ def test_recurrent_matches_float64_on_gpu_at_real_sizes(backend, name, dtype):
 @pytest.mark.parametrize("mode", ["lstm", "gru"])
 def test_recurrent_follows_torchs_tf32_switch_on_gpu(backend, mode):
     problem = Problem.drawn(Case(mode, 64, 64, 32, 20), device="cuda")
-    with torch.backends.cudnn.flags(allow_tf32=True):
+    with precision(tf32=True):
         hold_to_torch(problem, "resident")
         rounded = problem.forward("resident")[0]
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with full_precision():
         assert not torch.equal(problem.forward("resident")[0], rounded)
 
 

@@ -1,9 +1,14 @@
-"""What the sanitizer watches: every kernel is among its calls, and every call works, by interpreter."""
+"""Every kernel is compiled by the audit, called on a GPU and watched by the sanitizer; its calls work.
+
+What a GPU would launch is noted by interpreter, not run.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -11,11 +16,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import torch  # noqa: E402
 
+import pyarch  # noqa: E402
 from benchmarks import audit, sanitizer  # noqa: E402
 from benchmarks.sanitizer_calls import CALLS, watched  # noqa: E402
 from pyarch.triton_kernels import recurrent, recurrent_persistent  # noqa: E402
 from pyarch.triton_kernels.launch import Launch  # noqa: E402
+from tests import gpu_calls  # noqa: E402
+from tests import recurrent_persistent_cases as persistent_cases  # noqa: E402
 
+KERNELS = Path(__file__).resolve().parent.parent / "triton_kernels"
+DEFINED = re.compile(r"^@triton\.jit.*\n(?:@.*\n)*def (\w+_kernel)\(", re.MULTILINE)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="interpreter tests run with TRITON_INTERPRET=1")
 
@@ -30,17 +40,45 @@ def kernels_of_the_audit() -> set[str]:
     }
 
 
-@interpreter
-def test_sanitizer_calls_launch_every_kernel(monkeypatch):
-    """Planned as for a GPU, where programs wait for each other; the launches are noted, not run."""
-    launched = set()
+def kernels_of_the_source() -> set[str]:
+    """The names of all kernels: what triton.jit makes of them and the host launches."""
+    sources = (path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py"))
+    return {name for source in sources for name in DEFINED.findall(source)}
+
+
+@pytest.fixture
+def launched(monkeypatch) -> set[str]:
+    """The kernels launched in a test, planned as for a GPU, where programs wait for each other; none runs."""
+    names: set[str] = set()
     for module in (recurrent, recurrent_persistent):
         monkeypatch.setattr(module, "place_of", lambda device: recurrent_persistent.Place("default", 64))
     monkeypatch.setattr(recurrent_persistent, "need_resident", lambda launch, device: None)
-    monkeypatch.setattr(Launch, "run", lambda self, device: launched.add(self.kernel.__name__))
+    monkeypatch.setattr(Launch, "run", lambda self, device: names.add(self.kernel.__name__))
+    return names
+
+
+def test_sanitizer_kernels_are_those_of_the_audit():
+    assert len(kernels_of_the_source()) > 20
+    assert kernels_of_the_audit() == kernels_of_the_source()
+
+
+@interpreter
+def test_sanitizer_calls_launch_every_kernel(launched):
     for call in watched("cpu", "fp32").values():
         call()
-    assert launched >= kernels_of_the_audit()
+    assert launched == kernels_of_the_source()
+
+
+@interpreter
+def test_sanitizer_gpu_tests_launch_every_kernel(launched):
+    """The calls of test_gpu_operators.py and the layers of test_gpu_persistent.py, forward and backward."""
+    with pyarch.backend("triton"):
+        for call in gpu_calls.CALLS.values():
+            call.outcome(call.leaves(torch.float32, "cpu"))
+    for mode in persistent_cases.MODES:
+        problem = persistent_cases.Problem.drawn(persistent_cases.Case(mode, 20), torch.float32, "cpu")
+        persistent_cases.kernels(problem, problem.incoming())
+    assert launched == kernels_of_the_source()
 
 
 @interpreter
@@ -100,8 +138,11 @@ def test_sanitizer_goes_on_behind_a_call_that_kills_its_process(monkeypatch):
     replies = [
         (-11, [{"call": "a", "kernels": ["k"]}], "========= ERROR SUMMARY: 1 error\n"),
         (
-            sanitizer.LOST,
-            [{"call": "c", "kernels": ["k"]}, {"call": "d", "kernels": [], "failure": "illegal access"}],
+            0,
+            [
+                {"call": "c", "kernels": ["k"], "lost": False},
+                {"call": "d", "kernels": [], "failure": "illegal access", "lost": True},
+            ],
             "========= ERROR SUMMARY: 0 errors\n",
         ),
         (None, [], ""),
@@ -154,3 +195,10 @@ def test_sanitizer_says_that_there_is_no_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert sanitizer.main([]) == sanitizer.NO_GPU
     assert "no CUDA GPU that torch sees" in capsys.readouterr().err
+
+
+def test_sanitizer_says_that_its_tool_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda *_, **__: None)
+    assert sanitizer.main([]) == sanitizer.NO_GPU
+    assert "no compute-sanitizer on the PATH" in capsys.readouterr().err
