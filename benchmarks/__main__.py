@@ -70,6 +70,9 @@ def add_suites(command: argparse.ArgumentParser, suites: tuple[str, ...]) -> Non
     how.add_argument("--isa", choices=tuple(INSTRUCTION_SETS), action="append", help="may be repeated")
     how.add_argument("--threads", type=threads, help="of torch and every peer (default: torch's choice)")
     how.add_argument("--budget", type=seconds, metavar="SECONDS", help="timing of each pass of each case")
+    how.add_argument(
+        "--patience", type=seconds, metavar="SECONDS", help="without a row before a case is given up"
+    )
     how.add_argument("--commit", help="the commit measured, where there is no git checkout")
     where = command.add_argument_group("where results go")
     where.add_argument("--json", metavar="FILE", help="all rows, with the environment")
@@ -147,11 +150,14 @@ def start_suites(options: argparse.Namespace) -> int:
             peers=tuple(dict.fromkeys(options.peers)),
             commit=options.commit,
             budget_seconds=options.budget,
+            patience_seconds=options.patience,
         )
         for suite in options.suites
     ]
-    # Being terminated ends a run as Ctrl-C does: finished rows are written, the measuring process ends too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # These end a run as Ctrl-C does: finished rows are written, the measuring process ends too.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, signal.default_int_handler)
     allocators = tuple(ALLOCATORS) if options.allocator == "both" else (options.allocator,)
     return run(
         plans,

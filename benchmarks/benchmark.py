@@ -119,6 +119,7 @@ class Benchmark(ABC):
         """Times of both sides and all peers in turn; of both sides alone where a peer fails meanwhile."""
         try:
             return self.in_turn(sides | peers.calls), peers
+        # A peer may raise anything, and which call did is not known: without peers it is ours or stock's.
         except Exception as failure:
             if not peers.calls:
                 raise

@@ -54,6 +54,7 @@ def prepared(names: Sequence[str], twins: Twins, pass_name: str, case, exact: Re
                 raise WrongResult(f"its error is {error:.3e}")
         except Absent as absence:
             found.others[name] = {"absent": str(absence)}
+        # Other people's compilers and runtimes raise anything, which must not spoil torch's row and ours.
         except Exception as failure:
             found.others[name] = {"failure": reason_of(failure)}
         else:

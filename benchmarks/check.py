@@ -21,13 +21,14 @@ class Check:
     """What a first look at both sides told, in inference or with gradients.
 
     `exact`: the results in float64. `errors`: the largest absolute error of each side, result by result.
-    `backends`: who ran ours, by part. `compile_s`: what our first call took more than our second, in seconds.
+    `backends`: who ran ours, by part. `compile_s`: what our first call on a GPU took more than our second, in
+    seconds; None on a CPU, whose kernels are compiled beforehand: there it would be the time of new memory.
     """
 
     exact: Results
     errors: dict[str, dict]
     backends: dict[str, str]
-    compile_s: float
+    compile_s: float | None
 
 
 def exact_results(twins: Twins, gradients: bool) -> Results:
@@ -46,13 +47,21 @@ def checked(twins: Twins, exact: Results, gradients: bool) -> Check:
 
     with dispatch.recording(note):
         ours, first_seconds = timed_results(twins, gradients)
-    _, warm_seconds = timed_results(twins, gradients)
+    compile_s = compile_seconds(twins, gradients, first_seconds)
 
     errors = {}
     for group in (twins.outputs, [name for name in stock if name not in twins.outputs]):
         errors |= held_to_the_rule(twins, group, stock, ours, exact)
     backends = {part: "+".join(sorted(set(names))) for part, names in decided.items()}
-    return Check(exact, errors, backends, max(0.0, first_seconds - warm_seconds))
+    return Check(exact, errors, backends, compile_s)
+
+
+def compile_seconds(twins: Twins, gradients: bool, first_seconds: float) -> float | None:
+    """Seconds that our first call took more than a warm one on a GPU, None on a CPU."""
+    if not twins.cotangent.is_cuda:
+        return None
+    _, warm_seconds = timed_results(twins, gradients)
+    return max(0.0, first_seconds - warm_seconds)
 
 
 def timed_results(twins: Twins, gradients: bool) -> tuple[Results, float]:

@@ -6,13 +6,13 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks import results
+from benchmarks import beforehand, results
 from benchmarks.outputs import Outputs
 from benchmarks.plan import Settings
 from benchmarks.run import Machine, is_failure, measured, task_names
 from benchmarks.table import print_results, sum_up_all
 from benchmarks.verdict import Demands, Key
-from benchmarks.worker import INTERRUPTED
+from benchmarks.watch import INTERRUPTED
 
 
 def run(plans: list[Settings], machine: Machine, outputs: Outputs, demands: Demands) -> int:
@@ -20,7 +20,7 @@ def run(plans: list[Settings], machine: Machine, outputs: Outputs, demands: Dema
 
     Returns 0; 1 when a case failed or a demand is not met; 2 when no case was selected; 130 after Ctrl-C,
     when the rows finished until then are printed and written. Raises ResultsError before anything is measured
-    when results to compare with cannot be read, or a file cannot be written where it is asked for.
+    when results to compare with cannot be read or do not compare, or a file cannot be written.
     """
     plans = [settings for settings in plans if task_names(settings)]
     if not plans:
@@ -28,6 +28,19 @@ def run(plans: list[Settings], machine: Machine, outputs: Outputs, demands: Dema
         return 2
     old = demands.old()
     outputs.prepare()
+    if old:
+        beforehand.refuse(old, plans, machine, demands.force)
+    try:
+        return measured_and_judged(plans, machine, outputs, demands, old)
+    except KeyboardInterrupt:
+        print("interrupted: files that are not named above are not written", file=sys.stderr)
+        return INTERRUPTED
+
+
+def measured_and_judged(
+    plans: list[Settings], machine: Machine, outputs: Outputs, demands: Demands, old: dict | None
+) -> int:
+    """The exit status of `run`; KeyboardInterrupt where nothing is being measured."""
     start = time.monotonic()
     documents, interrupted = measured_suites(plans, machine, shown=True)
     if documents:
@@ -42,10 +55,7 @@ def run(plans: list[Settings], machine: Machine, outputs: Outputs, demands: Dema
     def again(keys: list[Key]) -> dict:
         return measured_again(plans, machine, keys)
 
-    try:
-        met = demands.met(old, results.merged(documents), again)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    met = demands.met(old, results.merged(documents), again)
     return int(not met or any(is_failure(row) for document in documents for row in document["rows"]))
 
 

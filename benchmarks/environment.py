@@ -74,27 +74,36 @@ def process_environment(allocator: str, instruction_set: str, threads: int | Non
     return kept | chosen | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
+def identity(device: str) -> dict:
+    """What must be equal for two runs to compare, as a process under a variant's variables finds it."""
+    import torch
+
+    from pyarch import native
+
+    return {
+        "device": device_slug(device, cpu_facts()),
+        "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_kernels": " ".join(filter(None, native.serving())),
+    }
+
+
 def describe(device: str, commit: str | None = None) -> dict:
     """The environment block of a results file, gathered inside the measuring process."""
     import torch
 
     import pyarch
-    from pyarch import native
 
     found_commit, dirty = git_state()
-    cpu = cpu_facts()
-    return {
-        "device": device_slug(device, cpu),
+    return identity(device) | {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit or found_commit,
         "dirty": dirty,
-        "cpu": cpu,
+        "cpu": cpu_facts(),
         "gpu": gpu_facts() if device == "cuda" else None,
-        "threads": torch.get_num_threads(),
         "affinity": sorted(os.sched_getaffinity(0)),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "torch": torch.__version__,
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "triton": triton_version(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()} {'-'.join(platform.libc_ver())}",
@@ -103,7 +112,6 @@ def describe(device: str, commit: str | None = None) -> dict:
             name: os.environ[name] for name in ALLOCATORS["steady"] if name in os.environ
         },
         "pyarch": "clone" if Path(pyarch.__file__).is_relative_to(ROOT) else "installed",
-        "cpu_kernels": " ".join(filter(None, native.serving())),
         "libraries": loaded_libraries(),
     }
 

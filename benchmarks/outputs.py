@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,30 +38,31 @@ class Outputs:
             if not os.access(folder, os.W_OK):
                 raise results.ResultsError(f"cannot write results: no permission in {folder}")
 
-    def write(self, documents: list[dict]) -> list[Path]:
-        """Write one file a suite where they are committed, and one of all suites for everything else."""
-        written = []
+    def write(self, documents: list[dict]) -> Iterator[Path]:
+        """Write one file a suite where they are committed, and one of all suites for everything else.
+
+        Each path is given when its file is there.
+        """
         if self.save:
             for document in documents:
                 path = results.default_path(document)
                 results.write(path, document)
-                written.append(path)
+                yield path
         document = results.merged(documents)
         if self.json:
             results.write(self.json, document)
-            written.append(Path(self.json))
+            yield Path(self.json)
         if self.csv:
             from benchmarks import rows_csv
 
             rows_csv.write(Path(self.csv), document)
-            written.append(Path(self.csv))
+            yield Path(self.csv)
         if self.html:
             from benchmarks.results_page import page_of
 
             page_of(document).write(Path(self.html))
-            written.append(Path(self.html))
+            yield Path(self.html)
         if self.plot:
             from benchmarks import plots
 
-            written += plots.write(Path(self.plot), documents)
-        return written
+            yield from plots.write(Path(self.plot), documents)

@@ -7,9 +7,14 @@ from dataclasses import asdict, dataclass
 
 from benchmarks.suites import SUITES, Suite
 
-# Seconds of timing for each pass of each case, per variant.
+# Seconds of timing for each pass of each case, per variant, over all visits (benchmarks.visits).
 BUDGETS = {"quick": 0.3, "table": 1.0, "full": 3.0, "sweep": 0.25}
+# Seconds in which a measuring process finishes its next row, beyond the timing: both sides are checked in
+# float64, peers exported and compiled. On two busy cores a row beside all four peers takes 32 s at most; on a
+# GPU compilers take minutes.
+PATIENCE = {"cpu": 180.0, "cuda": 600.0}
 QUICK, SWEEP = "quick", "sweep"
+VISITS_ON_A_CPU = 2
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Settings:
     """The settings of a suite's run that its measuring processes share.
 
     `dtypes`, `passes` and `only`, pairs of a case's name and a pass, choose nothing where empty; `peers` are
-    timed beside stock and ours.
+    timed beside stock and ours. `patience_seconds`: for the next row, before a process is given up.
     """
 
     suite_name: str
@@ -31,14 +36,29 @@ class Settings:
     peers: tuple[str, ...] = ()
     commit: str | None = None
     budget_seconds: float | None = None
+    patience_seconds: float | None = None
 
     @property
     def suite(self) -> Suite:
         return SUITES[self.suite_name]
 
     @property
+    def visits(self) -> int:
+        """How many processes measure each row: a GPU is not shared, and a sweep's rows count together."""
+        return VISITS_ON_A_CPU if self.device == "cpu" and self.extent != SWEEP else 1
+
+    @property
     def budget(self) -> float:
-        return BUDGETS[self.extent] if self.budget_seconds is None else self.budget_seconds
+        """Seconds for each pass of each case in one visit."""
+        whole = BUDGETS[self.extent] if self.budget_seconds is None else self.budget_seconds
+        return whole / self.visits
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a sign that end a process: those of PATIENCE, and twice what a row is timed for."""
+        if self.patience_seconds is not None:
+            return self.patience_seconds
+        return PATIENCE[self.device] + self.budget * (2 + len(self.peers))
 
     @property
     def chosen_passes(self) -> tuple[str, ...]:

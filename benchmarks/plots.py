@@ -40,13 +40,12 @@ STYLE = {
 }
 
 
-def write(folder: str | Path, documents: Sequence[dict]) -> list[Path]:
-    """Draw every suite of the documents into `folder`; return the paths of the files."""
+def write(folder: str | Path, documents: Sequence[dict]) -> Iterator[Path]:
+    """Draw every suite of the documents into `folder`; give the path of each file that is there."""
     import matplotlib
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
     with matplotlib.rc_context(STYLE):
         for document in documents:
             for name, figure in figures_of(document):
@@ -54,8 +53,7 @@ def write(folder: str | Path, documents: Sequence[dict]) -> list[Path]:
                     path = folder / f"{name}.{extension}"
                     with results.replacing(path) as temporary:
                         figure.savefig(temporary, format=extension, dpi=DOTS_PER_INCH, metadata=metadata)
-                    paths.append(path)
-    return paths
+                    yield path
 
 
 def figures_of(document: dict) -> Iterator[tuple[str, Figure]]:

@@ -28,9 +28,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
     temporary = Path(name)
     try:
+        os.close(handle)
         yield temporary
         temporary.chmod(0o644)
         os.replace(temporary, path)

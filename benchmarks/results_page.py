@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from benchmarks.environment import cpu_words
-from benchmarks.goals import goal_text
 from benchmarks.plots import PASS_WORDS, is_slower, roofs, suites_of, timed_rows
 from benchmarks.results import is_beside_stock
+from benchmarks.results_sheet import EVERY_ROW, Row, every_row, variant_of, worst_error
 from benchmarks.table import ceiling_words
 from pyarch.page import Axis, Bars, Facts, Page, Point, Scatter, Sheet
 
@@ -25,7 +26,6 @@ SLOWER = "SLOWER "
 # What is shown under which name.
 SIDES = {"torch": "stock", "pyarch": "ours"}
 
-Row = dict
 Section = Facts | Bars | Scatter | Sheet
 
 
@@ -34,8 +34,10 @@ def page_of(document: dict) -> Page:
     sections: list[Section] = [facts(document["environment"])]
     for suite in suites_of(document):
         rows = timed_rows(document, suite)
-        for section in (speedups, times, roofline, errors, memory, missing_peers):
-            sections += section(document, suite, rows)
+        which = which_variant(document, suite, rows)
+        for section in (speedups, times, roofline, errors, memory):
+            sections += [noted(chart, which) for chart in section(document, suite, rows)]
+        sections += missing_peers(document, suite)
     sections.append(every_row(document))
     return Page(title_of(document), INTRODUCTION, sections)
 
@@ -65,6 +67,24 @@ def facts(environment: dict) -> Facts:
         "ceilings": ceiling_words(environment.get("ceilings", {})),
     }
     return Facts("Measured on", {name: str(value) for name, value in pairs.items() if value})
+
+
+def which_variant(document: dict, suite: str, rows: Sequence[Row]) -> str:
+    """What a reader must know of charts where there are several variants: which one is drawn."""
+    variants = list(dict.fromkeys(map(variant_of, rows_of_suite(document, suite))))
+    if len(variants) < 2 or not rows:
+        return ""
+    drawn = variant_of(rows[0])
+    others = ", ".join(each for each in variants if each != drawn)
+    return f'Drawn: allocator and instruction set {drawn}. Under "{EVERY_ROW}" also: {others}.'
+
+
+def noted(chart: Bars | Scatter, words: str) -> Bars | Scatter:
+    return replace(chart, note=f"{chart.note} {words}".strip())
+
+
+def rows_of_suite(document: dict, suite: str) -> list[Row]:
+    return [row for row in document["rows"] if row.get("suite", document["suite"]) == suite]
 
 
 def speedups(document: dict, suite: str, rows: Sequence[Row]) -> Iterator[Bars]:
@@ -151,29 +171,18 @@ def memory(document: dict, suite: str, rows: Sequence[Row]) -> Iterator[Bars]:
         )
 
 
-def missing_peers(document: dict, suite: str, rows: Sequence[Row]) -> Iterator[Sheet]:
-    """Why a peer stands beside a row without a time."""
+def missing_peers(document: dict, suite: str) -> Iterator[Sheet]:
+    """Why a peer stands beside a row without a time, in every variant."""
     reasons = [
-        (row["case"], row["pass"], name, kind, peer[kind])
-        for row in rows
+        (row["case"], row["pass"], variant_of(row), name, kind, peer[kind])
+        for row in rows_of_suite(document, suite)
         for name, peer in row.get("peers", {}).items()
         for kind in ("absent", "failure")
         if kind in peer
     ]
     if reasons:
-        columns = ("case", "pass", "peer", "what", "reason")
+        columns = ("case", "pass", "variant", "peer", "what", "reason")
         yield Sheet(f"{suite}: peers that did not run", columns, reasons)
-
-
-def every_row(document: dict) -> Sheet:
-    """All rows, failures too, under every column that some row fills."""
-    names = dict.fromkeys(name for row in document["rows"] for name in row.get("peers", {}))
-    columns = COLUMNS | {f">{name} ms": figure("peers", name, "median_ms") for name in names}
-    cells = {title: [cell(document, row) for row in document["rows"]] for title, cell in columns.items()}
-    filled = {title: values for title, values in cells.items() if any(each is not None for each in values)}
-    formats = {title: form for title, form in FORMATS.items() if title in filled}
-    rows = list(zip(*filled.values(), strict=True))
-    return Sheet("Every row", list(filled), rows, "A click on a heading sorts by it.", formats)
 
 
 def bars_of(
@@ -221,76 +230,3 @@ def time_of(side: str, rows: Sequence[Row]) -> float:
 
 def peer_time(name: str, rows: Sequence[Row]) -> float | None:
     return rows[0].get("peers", {}).get(name, {}).get("median_ms")
-
-
-def worst_error(side: str, rows: Sequence[Row]) -> float | None:
-    """The largest error of a side where both are known; None for zero, which no logarithm shows."""
-    known = [each for row in rows for each in row.get("error", {}).values() if each["stock"] is not None]
-    return max((each[side] for each in known), default=None) or None
-
-
-def verdict(row: Row) -> str:
-    """What became of a row, in a word."""
-    if row.get("failure"):
-        return f"{'absent' if row.get('absent') else 'FAILED'}: {row['failure']}"
-    if not is_beside_stock(row):
-        return "measured"
-    words = "slower than torch" if is_slower(row) else "faster than torch"
-    is_within_noise = row["speedup"]["low"] <= 1 <= row["speedup"]["high"]
-    return words + ", within noise" * is_within_noise
-
-
-def figure(*names: str) -> Callable[[dict, Row], float | None]:
-    """A nested figure of a row, None where the row lacks it."""
-
-    def read(document: dict, row: Row) -> float | None:
-        value = row
-        for name in names:
-            value = (value or {}).get(name)
-        return value
-
-    return read
-
-
-def goal_cell(document: dict, row: Row) -> str | None:
-    return goal_text(row["goal"]) if row.get("goal") else None
-
-
-def met_cell(document: dict, row: Row) -> str | None:
-    return {True: "yes", False: "NO"}.get(row.get("met"))
-
-
-COLUMNS: dict[str, Callable[[dict, Row], str | float | None]] = {
-    "suite": lambda document, row: row.get("suite", document["suite"]),
-    "case": lambda document, row: row["case"],
-    "pass": lambda document, row: row["pass"],
-    "variant": lambda document, row: f"{row['allocator']} {row['isa']}",
-    ">torch ms": figure("stock", "median_ms"),
-    ">pyarch ms": figure("ours", "median_ms"),
-    ">speedup": figure("speedup", "median"),
-    ">from": figure("speedup", "low"),
-    ">to": figure("speedup", "high"),
-    ">goal": goal_cell,
-    "met": met_cell,
-    ">GFLOP/s": figure("gflop_per_s"),
-    ">GB/s": figure("gb_per_s"),
-    ">of roofline": figure("roofline", "share"),
-    "bound": figure("roofline", "bound"),
-    ">launch us": figure("launch_us"),
-    ">added us": figure("added_us", "median"),
-    ">torch MiB": figure("peak_mib", "stock"),
-    ">pyarch MiB": figure("peak_mib", "ours"),
-    ">compile s": figure("compile_s"),
-    ">torch error": lambda document, row: worst_error("stock", [row]),
-    ">pyarch error": lambda document, row: worst_error("ours", [row]),
-    "backend": lambda document, row: ", ".join(row.get("backend", {}).values()) or None,
-    "outcome": lambda document, row: verdict(row),
-}
-FORMATS = {
-    ">speedup": "{:.2f}",
-    ">from": "{:.2f}",
-    ">to": "{:.2f}",
-    ">of roofline": "{:.0%}",
-    ">torch error": "{:.1e}",
-    ">pyarch error": "{:.1e}",
-}

@@ -1,4 +1,4 @@
-"""A suite's run: one measuring process for each allocator state and instruction set, their rows merged.
+"""A suite's run: measuring processes for each allocator state and instruction set, their rows merged.
 
 This process imports no torch; the allocator's and torch's environment variables only act on a fresh process.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,10 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.environment import ROOT, process_environment
+from benchmarks.environment import process_environment
 from benchmarks.plan import Settings, left_out, overhead_case, selected_cases
-from benchmarks.worker import INTERRUPTED, failure_row
+from benchmarks.visits import joined
+from benchmarks.watch import INTERRUPTED, NO_ANSWER, watched
+from benchmarks.worker import failure_row
 
+WORKER = ("-m", "benchmarks.worker")
 # What differs between the processes of one run.
 VARIANT_FACTS = ("torch_cpu_capability", "cpu_kernels", "libraries", "allocator_variables", "ceilings")
 
@@ -61,7 +63,7 @@ def measured(settings: Settings, machine: Machine) -> tuple[dict, bool]:
     names, interrupted = task_names(settings), False
     try:
         for variant, environment in machine.variants():
-            interrupted = measure_variant(settings, variant, names, document, environment)
+            interrupted = visit_variant(settings, variant, names, document, environment)
             if interrupted:
                 break
     except KeyboardInterrupt:
@@ -75,13 +77,32 @@ def is_failure(row: dict) -> bool:
     return bool(row.get("failure")) and not row.get("absent")
 
 
+def visit_variant(
+    settings: Settings, variant: dict, names: list[str], document: dict, environment: dict[str, str]
+) -> bool:
+    """Add one variant's rows to the document, joined over all visits; return whether one was interrupted.
+
+    Peers are timed in the first visit alone.
+    """
+    start, alone = len(document["rows"]), replace(settings, peers=())
+    interrupted = measure_variant(settings, variant, names, document, environment)
+    for _ in range(1, settings.visits):
+        if interrupted:
+            break
+        later = {"environment": {}, "rows": []}
+        interrupted = measure_variant(alone, variant, names, later, environment)
+        document["rows"][start:] = joined(document["rows"][start:], later["rows"])
+    return interrupted
+
+
 def measure_variant(
     settings: Settings, variant: dict, names: list[str], document: dict, environment: dict[str, str]
 ) -> bool:
     """Run one variant's process and add its rows; return whether it was interrupted.
 
-    When the process dies within a case, a fresh one goes on with the next case. The one that it died in is
-    measured again where peers may have been the cause, without them; else its death becomes a row.
+    When the process dies within a case, or is killed because it gave no answer, a fresh one goes on with the
+    next case. The one that it died in is measured again where peers may have been the cause, without them;
+    else its death becomes a row.
     """
     first = 0
     while first < len(names):
@@ -92,7 +113,7 @@ def measure_variant(
         died, first = (
             (names[part["next"]], part["next"] + 1) if part["environment"] else ("start", len(names))
         )
-        words = f"the measuring process ended with status {code}"
+        words = words_of_death(code, settings.patience)
         rows = []
         if part["environment"] and settings.peers:
             rows, interrupted = without_peers(settings, variant, died, environment, words)
@@ -119,6 +140,13 @@ def without_peers(
     return [row if row.get("failure") else row | told for row in part["rows"]], interrupted
 
 
+def words_of_death(code: int, patience: float) -> str:
+    """Why there are no figures of what a process died in."""
+    if code == NO_ANSWER:
+        return f"no answer in {patience:g} s"
+    return f"the measuring process ended with status {code}"
+
+
 def add_part(document: dict, variant: dict, part: dict) -> None:
     """Add a process's rows to the run's, and to the environment what is peculiar to its variant."""
     document["rows"] += part["rows"]
@@ -137,16 +165,5 @@ def measuring_process(
     with tempfile.TemporaryDirectory(prefix="pyarch-benchmarks-") as folder:
         path = Path(folder) / "rows.json"
         arguments = [settings.to_json(), json.dumps(variant), str(path), str(first)]
-        command = [sys.executable, "-m", "benchmarks.worker", *arguments]
-        code = wait(subprocess.Popen(command, cwd=ROOT, env=environment))
+        code = watched([sys.executable, *WORKER, *arguments], environment, path, settings.patience)
         return code, results.load(path) if path.exists() else {"environment": {}, "rows": []}
-
-
-def wait(process: subprocess.Popen) -> int:
-    """The process's exit status; Ctrl-C is passed on so that it can write what it has."""
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        return INTERRUPTED

@@ -18,6 +18,8 @@ LOSS_BELOW = 0.95
 LOSS_OVER_US = 15.0
 SWEEP_ROWS_SHOWN = 40
 BUSY_SHARE = 0.5
+# What became of a peer without a time.
+PEER_KINDS = {"failure": "FAILED", "absent": "absent"}
 CEILINGS = {
     "copy_gb_per_s": "copy {:.1f} GB/s",
     "matmul_fp32_gflop_per_s": "torch.mm fp32 {:.0f} GFLOP/s",
@@ -39,6 +41,8 @@ def print_results(document: dict) -> None:
             f"[{row['allocator']}, {row['isa']}]: {row['failure']}",
             markup=False,
         )
+    for line in peer_lines(measured):
+        console.print(line, markup=False)
     for line in variant_lines(document["environment"]):
         console.print(line, markup=False)
     console.print(sum_up(measured, failures, sweep), markup=False)
@@ -154,10 +158,28 @@ def peer_cell(name: str) -> Callable[[dict], str]:
         if peer is None:
             return "-"
         if "speedup" not in peer:
-            return "absent" if "absent" in peer else "FAILED"
+            return PEER_KINDS["absent" if "absent" in peer else "failure"]
         return f"{peer['median_ms']:.4g}, {peer['speedup']['median']:.2f}x"
 
     return cell
+
+
+def peer_lines(rows: list[dict]) -> list[str]:
+    """Why peers have no time: a line a peer and reason, failures first."""
+    where: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        for name, peer in row.get("peers", {}).items():
+            for kind in {"failure", "absent"} & peer.keys():
+                place = f"{row['case']} {row['pass']} [{row['allocator']}, {row['isa']}]"
+                where.setdefault((PEER_KINDS[kind], name, peer[kind]), []).append(place)
+    return [
+        f"{kind} {name}, {rows_words(places)}: {reason}"
+        for (kind, name, reason), places in sorted(where.items(), key=lambda each: each[0][0] != "FAILED")
+    ]
+
+
+def rows_words(places: list[str]) -> str:
+    return places[0] if len(places) == 1 else f"{len(places)} rows, first {places[0]}"
 
 
 def roofline_cell(row: dict) -> str:
@@ -229,6 +251,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "of roofline": roofline_cell,
     "in graphs": graph_cell,
     "launch us": figure_cell("launch_us", "{:.1f}"),
+    # What our first call took more than a warm one; of GPUs alone, kernels for CPUs are compiled beforehand.
     "compile s": figure_cell("compile_s", "{:.3f}"),
     "peak MiB ours / stock": peak_cell,
     "error ours / stock": lambda row: error_cell(row.get("error", {})),

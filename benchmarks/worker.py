@@ -1,13 +1,15 @@
 """The measuring process: runs the cases of a plan under the environment it was started with.
 
 benchmarks.run starts it: `python -m benchmarks.worker SETTINGS_JSON VARIANT_JSON RESULTS_PATH FIRST`. Before
-each case the results file is rewritten whole, naming that case: a crash or Ctrl-C keeps what was done.
+each case the results file is rewritten whole, naming that case: a crash or Ctrl-C keeps what was done. It is
+touched after each row: who waits knows that there is life.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +19,8 @@ from benchmarks import results
 from benchmarks.plan import Settings, overhead_case, passes_of, selected_cases
 from benchmarks.progress import Progress
 from benchmarks.suites import Absent, WrongResult
+from benchmarks.watch import INTERRUPTED
 
-INTERRUPTED = 130
 # The peers that are packages of their own; the others are parts of torch.
 PACKAGES = {"onnxruntime", "openvino"}
 GOALS_ARE_FOR = {"allocator": "steady", "isa": "native"}
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
                 results.write(path, document)
                 name, rows_of_task = tasks[number]
                 progress.begin(name)
-                rows = finished_rows(name, rows_of_task)
+                rows = finished_rows(name, lambda rows=rows_of_task: with_signs(rows(), path))
                 if "failure" in rows[-1]:
                     release_memory()
                 document["rows"] += [row | variant for row in rows]
@@ -106,6 +108,13 @@ def prepare(
         "peer_versions": versions(set(settings.peers) & PACKAGES),
     }
     return tasks
+
+
+def with_signs(rows: Iterable[dict], path: str) -> Iterator[dict]:
+    """The rows; the file is touched after each."""
+    for row in rows:
+        os.utime(path)
+        yield row
 
 
 def finished_rows(name: str, rows_of_task: Callable[[], Iterable[dict]]) -> list[dict]:

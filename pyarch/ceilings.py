@@ -1,4 +1,10 @@
-"""What a device can do at most, measured in the run that quotes it: the roof over the layers of a model."""
+"""What a device can do at most, measured in the run that quotes it: the roof over the layers of a model.
+
+Like `benchmarks.copy_speed` and `benchmarks.matmul_speed`, but for one second inside `pyarch.verify`: the
+fastest of a few copies and products of two sizes stand for the device. A benchmark takes longer: it copies as
+an operator runs, into memory that it allocates, and takes the median; its products go up to 2048. Its roof is
+therefore the lower one in bytes.
+"""
 
 from __future__ import annotations
 

@@ -47,19 +47,21 @@ def time_passes(
 
 def in_turns(stock: Callable[[], None], ours: Callable[[], None], budget: float | None = None) -> Timing:
     """Median seconds of two functions, run alternately."""
-    return Timing(*medians((stock, ours), BUDGET_SECONDS if budget is None else budget))
+    return Timing(*map(_median, rounds((stock, ours), BUDGET_SECONDS if budget is None else budget)))
 
 
-def medians(calls: Sequence[Callable[[], None]], budget: float, patience: float = math.inf) -> list[float]:
-    """Median seconds of each call, run alternately and each first as often as the others.
+def rounds(
+    calls: Sequence[Callable[[], None]], budget: float, patience: float = math.inf
+) -> list[list[float]]:
+    """Seconds of each call in each round, run alternately and each first as often as the others.
 
     Args:
         calls: what is timed.
         budget: seconds for all; a few rounds run in any case.
         patience: where one round takes longer, its times stand and none is run again.
     """
-    first = [_seconds(call) for call in calls]
-    if sum(first) > patience:
+    first = [[_seconds(call)] for call in calls]
+    if sum(seconds for (seconds,) in first) > patience:
         return first
     seconds: list[list[float]] = [[] for _ in calls]
     deadline = time.perf_counter() + budget
@@ -70,7 +72,7 @@ def medians(calls: Sequence[Callable[[], None]], budget: float, patience: float 
         places = range(len(calls))
         for place in places if turn % 2 else reversed(places):
             seconds[place].append(_seconds(calls[place]))
-    return [_median(each) for each in seconds]
+    return seconds
 
 
 def _median(values: list[float]) -> float:

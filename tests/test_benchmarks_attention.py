@@ -417,7 +417,7 @@ def test_rows_name_the_backends_of_each_pass_and_judge_the_goal(quick):
     assert (inference["flop"], training["flop"]) == (pairs * 8, pairs * 28)
     assert inference["gflop_per_s"] == pytest.approx(pairs * 8 / 1e-3 / 1e9)
     assert inference["bytes"] == 4 * 4 * 2 * 2 * 9 * 4
-    assert inference["matches"] and inference["launch_us"] > 0 and inference["compile_s"] >= 0
+    assert inference["matches"] and inference["launch_us"] > 0 and inference["compile_s"] is None
     assert inference["peers"] == {}
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from benchmarks import command, conv, results, run, worker
+from benchmarks import beforehand, command, comparison, conv, environment, results, run, watch, worker
 from benchmarks.__main__ import main
 from benchmarks.measure import Rounds, spread, summary
 from benchmarks.peers import PEERS
@@ -132,7 +135,7 @@ class Simulation:
             places.append((tiny.name, "overhead"))
         code = 0
         if settings.suite_name == self.interrupted_in:
-            places, code = places[:1], worker.INTERRUPTED
+            places, code = places[:1], watch.INTERRUPTED
         ceiling = {"copy_gb_per_s": 20.0 + len(self.asked)}
         rows = [{"case": case, "pass": name} | self.row() | variant for case, name in places]
         return code, {"environment": ENVIRONMENT | {"ceilings": ceiling}, "next": len(cases), "rows": rows}
@@ -161,6 +164,7 @@ class Simulation:
 def simulation(monkeypatch) -> Simulation:
     made = Simulation()
     monkeypatch.setattr(run, "measuring_process", made.process)
+    monkeypatch.setattr(beforehand, "identity", lambda device, machine: ENVIRONMENT)
     return made
 
 
@@ -173,8 +177,8 @@ def test_all_suites_end_in_one_document(simulation, tmp_path, capsys):
     assert len({(row["suite"], row["case"], row["pass"]) for row in document["rows"]}) == len(
         document["rows"]
     )
-    assert document["environment"]["ceilings"] == {"copy_gb_per_s": 23.0}
-    assert [each["ceilings"] for each in document["environment"]["variants"]] == [{"copy_gb_per_s": 23.0}]
+    assert document["environment"]["ceilings"] == {"copy_gb_per_s": 25.0}
+    assert [each["ceilings"] for each in document["environment"]["variants"]] == [{"copy_gb_per_s": 25.0}]
     assert document["wall_seconds"] >= 0
     text = capsys.readouterr().out
     assert text.count("Test CPU (cpu-test-2c), 2 threads on cores 0,1") == len(SUITES)
@@ -272,13 +276,33 @@ def test_a_repeat_flags_nothing(simulation, tmp_path, seed):
     assert main(["all", "--compare", str(old)]) == 0
 
 
+def test_a_process_that_is_lucky_in_a_row_does_not_stand_as_its_speed(simulation, tmp_path):
+    """Seen on a shared machine: 1.9x in one process, 1.5x in every other one: no repeat could be right."""
+    path = tmp_path / "old.json"
+    lucky, honest = [], simulation.process
+
+    def process(settings, *arguments):
+        code, part = honest(settings, *arguments)
+        if not lucky:
+            lucky.append(settings)
+            part["rows"][3]["speedup"] = {name: 1.25 * x for name, x in part["rows"][3]["speedup"].items()}
+        return code, part
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "measuring_process", process)
+        assert main(["conv", "--json", str(path)]) == 0
+    assert main(["conv", "--compare", str(path)]) == 0
+
+
 def test_fifteen_percent_are_flagged_after_measuring_again(simulation, tmp_path, capsys):
     old = old_results(tmp_path / "new.json", simulation)
     simulation.slowdown = 1.15
     assert main(["conv", "--compare", str(old)]) == 1
     text = capsys.readouterr().err
-    whole, *again = simulation.asked
-    assert len(again) == 2 and all(each.only and not each.peers for each in again)
+    whole, later, *again = simulation.asked
+    assert later == whole and not whole.only
+    # Two tries of two visits.
+    assert len(again) == 4 and all(each.only and not each.peers for each in again)
     for case in selected_cases(whole):
         for name in passes_of(whole, case):
             assert f"| {case.name} | {name}" in text
@@ -295,7 +319,7 @@ def test_what_was_slower_once_is_not_believed(simulation, tmp_path, monkeypatch)
 
     monkeypatch.setattr(run, "measuring_process", unlucky_once)
     assert main(["conv", "--compare", str(old)]) == 0
-    assert len(simulation.asked) in (2, 3)
+    assert len(simulation.asked) in (4, 6)
 
 
 @pytest.mark.parametrize(
@@ -314,8 +338,61 @@ def test_old_results_that_cannot_be_read_are_one_error_before_anything(simulatio
 def test_other_devices_are_refused_unless_forced(simulation, tmp_path, capsys):
     old = old_results(tmp_path / "new.json", simulation, device="cpu-other-64c")
     assert main(["conv", "--compare", str(old)]) == 2
-    assert "cpu-other-64c" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the runs are of different devices, cpu-other-64c and cpu-test-2c: ")
+    assert "--force" in line and simulation.asked == []
     assert main(["conv", "--compare", str(old), "--force"]) == 0
+    assert simulation.asked
+
+
+def test_another_number_of_threads_is_refused_before_anything(simulation, tmp_path, capsys):
+    old = old_results(tmp_path / "new.json", simulation, threads=64)
+    assert main(["conv", "--compare", str(old)]) == 2
+    assert "different numbers of threads, 64 and 2" in capsys.readouterr().err
+    assert simulation.asked == []
+
+
+@pytest.mark.parametrize("words", ["conv --force", "all --isa avx2", "attention --pass bwd --filter window"])
+def test_old_results_of_other_rows_are_refused_before_anything(simulation, tmp_path, capsys, words):
+    old = tmp_path / "old.json"
+    assert main(["attention", "--pass", "fwd", "--json", str(old)]) == 0
+    simulation.asked.clear()
+    capsys.readouterr()
+    assert main([*words.split(), "--compare", str(old)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the older run has none of the rows that are to be measured")
+    assert simulation.asked == []
+
+
+def test_planned_rows_are_those_that_are_measured(simulation, tmp_path):
+    machine = run.Machine(("steady", "default"), ("native", "avx2"))
+    plans = [Settings(suite, extent="quick", passes=("fwd",)) for suite in SUITES]
+    documents, interrupted = command.measured_suites(plans, machine, shown=False)
+    found = list(comparison.measured(results.merged(documents)))
+    assert sorted(beforehand.planned(plans, machine)) == sorted(found) and not interrupted
+
+
+def test_a_machine_is_known_before_anything_is_measured(monkeypatch):
+    """A process under the variables of the run tells what the results of such a run say."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    told = beforehand.identity("cpu", run.Machine(instruction_sets=("avx2",), threads=1))
+    assert told["device"] == environment.device_slug("cpu", environment.cpu_facts())
+    assert (told["threads"], told["torch_cpu_capability"]) == (1, "AVX2")
+    assert told.items() <= environment.identity("cpu").items() | told.items()
+    assert set(told) == {name for name, _ in comparison.SAME}
+
+
+def test_a_machine_without_a_gpu_is_said_before_anything(simulation, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    plans, machine = [Settings("conv", device="cuda")], run.Machine()
+    old = {"suite": "conv", "environment": {}, "rows": []}
+    old["rows"] = [
+        {"case": case, "pass": name, "allocator": allocator, "isa": isa, "speedup": {}}
+        for _, case, name, allocator, isa in beforehand.planned(plans, machine)
+    ]
+    with pytest.raises(results.ResultsError, match="cannot tell what would be measured on, device=cuda: "):
+        beforehand.refuse(old, plans, machine, force=False)
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything(simulation, tmp_path, capsys):
@@ -323,6 +400,39 @@ def test_a_file_that_cannot_be_written_is_said_before_anything(simulation, tmp_p
     assert main(["conv", "--json", str(tmp_path / "file" / "run.json")]) == 2
     assert "cannot write results" in capsys.readouterr().err
     assert simulation.asked == []
+
+
+@pytest.mark.parametrize("interrupted", ["json", "csv", "html", "plot"])
+def test_ctrl_c_while_files_are_written_leaves_whole_ones(
+    simulation, tmp_path, monkeypatch, capsys, interrupted
+):
+    """Each kind of file in turn is interrupted while its temporary neighbour is written."""
+
+    def stop(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    stopped = {
+        "json": (results.json, "dump"),
+        "csv": (csv.DictWriter, "writerows"),
+        "html": (Path, "write_bytes"),
+        "plot": (Figure, "savefig"),
+    }
+    files = {kind: tmp_path / f"run.{kind}" for kind in ("json", "csv", "html")}
+    for path in files.values():
+        path.write_text("old")
+    words = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
+    monkeypatch.setattr(*stopped[interrupted], stop)
+    assert main(["conv", "--filter", "bf16", *words, "--plot", str(tmp_path / "plots")]) == 130
+    monkeypatch.undo()
+    told = capsys.readouterr()
+    assert told.err.splitlines() == ["interrupted: files that are not named above are not written"]
+    order = [*files, "plot"]
+    done = order[: order.index(interrupted)]
+    for kind, path in files.items():
+        assert (path.read_text() == "old") == (kind not in done)
+        assert (f"results written to {path}" in told.out) == (kind in done)
+    assert {path.name for path in tmp_path.iterdir()} == {"plots", *(path.name for path in files.values())}
+    assert not list((tmp_path / "plots").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "html"])

@@ -76,9 +76,38 @@ def test_page_shows_times_before_and_after_beside_peers():
 
 def test_page_says_why_a_peer_did_not_run():
     sheet = sections_of(rich_document())["attention: peers that did not run"]
-    assert ("absent", "no <b>backward</b>") == sheet.rows[0][3:]
+    assert sheet.rows[0][2:] == ("steady native", "flex", "absent", "no <b>backward</b>")
     assert column(sheet, "what").count("failure") == 4
     assert "<b>backward</b>" not in page_of(rich_document()).html()
+
+
+def test_page_says_in_every_chart_which_variant_is_drawn():
+    document = rich_document()
+    slow = copy.deepcopy(document["rows"][:4])
+    for row in slow:
+        row |= {"isa": "avx2", "peers": {"openvino": {"failure": "no answer in 180 s"}}}
+        row["speedup"] = {"median": 0.5, "low": 0.4, "high": 0.6}
+    document["rows"] += slow
+    sections = sections_of(document)
+    charts = [each for each in sections.values() if isinstance(each, Bars | Scatter)]
+    words = 'Drawn: allocator and instruction set steady native. Under "Every row" also: steady avx2.'
+    assert len(charts) >= 5 and all(chart.note.endswith(words) for chart in charts)
+    assert min(sections["attention: speedup over torch"].series["forward"]) > 0.5
+    missing = sections["attention: peers that did not run"]
+    assert column(missing, "variant").count("steady avx2") == column(missing, "peer").count("openvino") == 4
+    assert column(sections["Every row"], "variant").count("steady avx2") == 4
+
+
+def test_page_of_one_variant_does_not_speak_of_variants():
+    assert not any("Drawn:" in getattr(each, "note", "") for each in page_of(rich_document()).sections)
+
+
+def test_page_says_what_compile_seconds_are():
+    document = rich_document()
+    assert "our first call on a GPU" in sections_of(document)["Every row"].note
+    for row in document["rows"]:
+        row["compile_s"] = None
+    assert "our first call" not in sections_of(document)["Every row"].note
 
 
 def test_page_shows_the_roofline_under_its_roofs():

@@ -193,8 +193,14 @@ def test_peers_runtimes_have_no_backward(name, pass_name):
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_peers_missing_package_is_absent(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(Absent, match=name):
+    with pytest.raises(Absent, match=f"^{name}: .*{name}"):
         peers.prepare(name, build(CASES[0]), "fwd", CASES[0])
+
+
+def test_peers_onnxruntime_needs_onnx_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(Absent, match="^onnxruntime: .*onnx"):
+        peers.prepare("onnxruntime", build(CASES[0]), "fwd", CASES[0])
 
 
 # ------------------------------------------------------------------------------------- compiled by torch

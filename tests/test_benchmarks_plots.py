@@ -31,14 +31,14 @@ def texts_of(figure):
 
 
 def test_plots_write_png_and_svg_named_by_device_and_suite(tmp_path):
-    paths = plots.write(tmp_path / "new", [small()])
+    paths = list(plots.write(tmp_path / "new", [small()]))
     stem = "cpu-amd-epyc-zen5-2c-recurrent-speedup"
     assert [path.name for path in paths] == [f"{stem}.png", f"{stem}.svg"]
     assert paths[0].read_bytes().startswith(b"\x89PNG") and b"<svg" in paths[1].read_bytes()
 
 
 def test_plots_are_the_same_bytes_again_and_name_no_date_of_drawing(tmp_path):
-    first, second = (plots.write(tmp_path / name, [small()]) for name in ("a", "b"))
+    first, second = (list(plots.write(tmp_path / name, [small()])) for name in ("a", "b"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert b"dc:date" not in first[1].read_bytes()
 
@@ -70,7 +70,7 @@ def test_plots_leave_out_failures_and_overhead_but_not_the_rest():
 
 
 def test_plots_of_a_document_without_a_measured_row_are_none(tmp_path):
-    assert plots.write(tmp_path, [small(0)]) == []
+    assert list(plots.write(tmp_path, [small(0)])) == []
 
 
 def test_plots_draw_the_roofline_where_both_ceilings_are_known():

@@ -281,6 +281,23 @@ def test_the_table_holds_every_figure_and_every_peer(capsys):
     assert bare.split().count("-") >= 8
 
 
+def test_under_the_table_stands_why_peers_have_no_time(capsys):
+    late = {"compile": {"failure": "no answer in 180 s"}, "flex": {"absent": "attention alone"}}
+    rows = [
+        made_up_row(case="a", **FULL),
+        made_up_row(case="b", peers=late),
+        made_up_row(case="c", peers=late),
+    ]
+    table.print_results(made_up_results(*rows))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("FAILED", "absent"))]
+    assert lines == [
+        "FAILED flex, a fwd [steady, native]: RuntimeError",
+        "FAILED compile, 2 rows, first b fwd [steady, native]: no answer in 180 s",
+        "absent openvino, a fwd [steady, native]: not installed",
+        "absent flex, 2 rows, first b fwd [steady, native]: attention alone",
+    ]
+
+
 def test_a_middling_terminal_shows_the_more_important_columns():
     document = made_up_results(made_up_row(**FULL))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from benchmarks import beside, conv, cuda, environment
+from benchmarks import beside, check, conv, cuda, environment
 from benchmarks.beside import Beside
 from benchmarks.conv_cases import ConvCase
 from benchmarks.measure import Rounds
@@ -223,3 +225,11 @@ def test_the_clock_of_a_cpu_is_noted_where_it_can_be_read(monkeypatch):
     assert "governor" in facts
     monkeypatch.setattr(environment, "GOVERNOR", "/no/such/file")
     assert environment.cpu_facts()["governor"] is None
+
+
+@pytest.mark.parametrize("first, warm, expected", [(2.5, 0.5, 2.0), (0.4, 0.5, 0.0)])
+def test_only_a_gpu_compiles_in_the_first_call(monkeypatch, first, warm, expected):
+    monkeypatch.setattr(check, "timed_results", lambda twins, gradients: ({}, warm))
+    on_gpu, on_cpu = (SimpleNamespace(cotangent=SimpleNamespace(is_cuda=each)) for each in (True, False))
+    assert check.compile_seconds(on_gpu, True, first) == expected
+    assert check.compile_seconds(on_cpu, True, first) is None

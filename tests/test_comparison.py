@@ -32,7 +32,7 @@ from tests.compare import check
 
 OPERATOR = "comparison"
 CPU = torch.device("cpu")
-SMALL = Question(lengths=(5, 21), batch=2, width=16, heads=(1, 4, 8), window=6, kernel=5)
+SMALL = Question(lengths=(5, 21), batch=2, width=16, heads=(1, 4, 8), window=6, kernel=5, budget=0.0)
 ALL = {each.name: each for each in architectures(SMALL)}
 SWAPPED = [name for name in ALL if name != "full conv"]
 CAUSAL = [name for name, each in ALL.items() if each.is_causal]
@@ -315,7 +315,6 @@ def test_comparison_peak_is_what_a_call_holds_at_a_time():
 @pytest.fixture
 def fast(monkeypatch):
     """Timing that takes no time."""
-    monkeypatch.setattr(measure, "BUDGET_SECONDS", 0.0)
     monkeypatch.setattr(timing, "FEWEST_ROUNDS", 1)
 
 
@@ -367,13 +366,47 @@ def test_comparison_row_of_a_side_that_fails(fast, in_training):
 
 def test_comparison_turns_take_as_many_of_each():
     calls = []
-    seconds = timing.medians([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
-    assert len(seconds) == 2 and calls.count("a") == calls.count("b") > timing.FEWEST_ROUNDS
+    seconds = timing.rounds([lambda: calls.append("a"), lambda: calls.append("b")], 0.0)
+    assert [len(each) for each in seconds] == [timing.FEWEST_ROUNDS] * 2
+    assert calls.count("a") == calls.count("b") > timing.FEWEST_ROUNDS
     assert calls[:6] == ["a", "b", "b", "a", "a", "b"]
-    assert timing.medians([], 0.0) == []
+    assert timing.rounds([], 0.0) == []
 
 
 def test_comparison_a_long_call_is_not_repeated():
     calls = []
-    timing.medians([lambda: calls.append("a"), lambda: calls.append("b")], 1.0, patience=-1.0)
-    assert calls == ["a", "b"]
+    seconds = timing.rounds([lambda: calls.append("a"), lambda: calls.append("b")], 1.0, patience=-1.0)
+    assert calls == ["a", "b"] and [len(each) for each in seconds] == [1, 1]
+
+
+def test_comparison_keeps_the_spread_of_every_time(monkeypatch):
+    """Eleven rounds of made-up times: the median, and the third and the ninth as 20 % and 80 %."""
+    taken = [0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.0, 1.0]
+    monkeypatch.setattr(measure, "rounds", lambda calls, budget, patience: [taken, [2.0]])
+    row = measure.measure(ALL["GRU"], SMALL, 5)
+    assert (row.stock.forward, row.stock.step) == (0.5, 0.5)
+    assert row.stock.spread["step"] == row.stock.interval("step") == pytest.approx((0.2, 0.8))
+    tokens = measure.TOKENS_AT_A_TIME
+    assert row.stock.token == pytest.approx(0.5 / tokens)
+    assert row.stock.spread["token"] == pytest.approx((0.2 / tokens, 0.8 / tokens))
+    assert row.pyarch.step == 2.0 and row.pyarch.spread == {}
+    assert row.pyarch.interval("step") == pytest.approx((2.0 / 1.05, 2.0 * 1.05))
+    assert row.pyarch.interval("memory") == (row.pyarch.memory, row.pyarch.memory)
+
+
+def test_comparison_times_for_as_long_as_asked(monkeypatch):
+    asked = []
+
+    def rounds(calls, budget, patience):
+        asked.append(budget)
+        return [[1.0] for _ in calls]
+
+    monkeypatch.setattr(measure, "rounds", rounds)
+    measure.measure(ALL["BiLSTM"], replace(SMALL, budget=1.5), 5)
+    assert asked == [1.5, 1.5]
+
+
+def test_comparison_intervals_overlap_in_more_than_an_end():
+    assert measure.overlap((1.0, 3.0), (2.0, 4.0)) and measure.overlap((2.0, 4.0), (1.0, 3.0))
+    assert measure.overlap((1.0, 4.0), (2.0, 3.0)) and not measure.overlap((1.0, 2.0), (2.0, 3.0))
+    assert not measure.overlap((2.0, 2.0), (2.0, 2.0)) and not measure.overlap((3.0, 4.0), (1.0, 2.0))

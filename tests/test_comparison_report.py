@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 MS = 1e-3
 SMALL = ["--seq", "4,9", "--batch", "1", "--width", "8", "--heads", "1,3", "--window", "2", "--kernel", "3"]
-SMALL += ["--device", "cpu"]
+SMALL += ["--device", "cpu", "--budget", "0"]
 NAMES = [
     "vanilla RNN",
     "GRU",
@@ -47,10 +47,11 @@ NAMES = [
 ]
 
 
-def side(step: float, token: float | None = None, memory: float = 1) -> Side:
-    """A side in milliseconds and MiB."""
-    in_seconds = None if token is None else token * MS
-    return Side(step * MS / 3, step * MS, in_seconds, round(memory * MIB), 64)
+def side(step: float, token: float | None = None, memory: float = 1, off: float = 0.01) -> Side:
+    """A side in milliseconds and MiB; most rounds of a time are off by less than the share `off`."""
+    times = {"forward": step * MS / 3, "step": step * MS} | ({} if token is None else {"token": token * MS})
+    spread = {name: (value * (1 - off), value * (1 + off)) for name, value in times.items()}
+    return Side(**times, memory=round(memory * MIB), state=64, spread=spread)
 
 
 def compared(name, family, parameters, rows, reach, note="") -> Compared:
@@ -83,7 +84,6 @@ FOUND = Comparison(Question(lengths=(100, 200)), {"device": "a CPU"}, (GRU, LSTM
 @pytest.fixture
 def fast(monkeypatch):
     """Timing that takes no time."""
-    monkeypatch.setattr(measure, "BUDGET_SECONDS", 0.0)
     monkeypatch.setattr("pyarch.timing.FEWEST_ROUNDS", 1)
 
 
@@ -131,13 +131,20 @@ def test_comparison_advises_on_latency_and_memory():
 
 def test_comparison_says_what_pyarch_gains():
     choice, reason = advice()["largest gain by pyarch, training speed"]
-    assert choice == "GRU" and reason == "torch over pyarch: GRU 3.33x, LSTM 1.04x, attention 0.90x."
+    assert choice == "GRU"
+    assert reason == (
+        "torch over pyarch: GRU 3.33x (3.27x to 3.40x), LSTM 1.04x (1.02x to 1.06x), "
+        "attention 0.90x (0.88x to 0.92x)."
+    )
+    choice, reason = advice()["largest gain by pyarch, memory"]
+    assert choice == "attention" and reason == "torch over pyarch: attention 4.00x, LSTM 1.29x, GRU 1.25x."
 
 
 def test_comparison_names_no_gain_where_pyarch_loses():
     losses = [each for each in advise(replace(FOUND, compared=(ATTENTION,))) if "training" in each.purpose]
     assert (losses[-1].purpose, losses[-1].choice) == ("largest gain by pyarch, training speed", "none")
-    assert losses[-1].reason == "torch over pyarch: attention 0.90x."
+    assert losses[-1].reason == "torch over pyarch: attention 0.90x (0.88x to 0.92x)."
+    assert losses[-1].settled
 
 
 def test_comparison_does_not_advise_the_same_twice():
@@ -149,6 +156,90 @@ def test_comparison_calls_near_figures_equal():
     found = replace(FOUND, compared=(GRU, near))
     (first,) = (each for each in advise(found) if each.purpose == "training speed")
     assert "equal to near (12.3 ms) within 5 %" in first.reason
+
+
+def varied(like: Compared, name: str, step: float, off: float) -> Compared:
+    """The architecture under another name with other training steps of pyarch."""
+    rows = tuple(replace(row, pyarch=side(step, off=off)) for row in like.rows)
+    return replace(like, name=name, rows=rows)
+
+
+def test_comparison_does_not_settle_what_overlaps():
+    """12 ms, of which most rounds take up to 12.12 ms, beside 12.6 ms, of which some take 11.97 ms."""
+    found = replace(FOUND, compared=(GRU, varied(LSTM, "near", 12.6, off=0.05), CONV))
+    first = advise(found)[0]
+    assert (first.purpose, first.choice, first.settled) == ("training speed", "GRU or near", False)
+    assert first.reason == (
+        "A training step: GRU 12 ms (11.9 ms to 12.1 ms) with pyarch, near 12.6 ms (12 ms to 13.2 ms) with "
+        "pyarch. near may be from 1.01x faster to 1.11x slower than GRU. A quiet machine may "
+        "settle it; longer runs (--budget) know the spread better. GRU: its gradient falls below 1 % beyond 7 tokens. "
+        "near: its gradient falls below 1 % beyond 7 tokens."
+    )
+    assert str(first).startswith("Training speed: GRU or near, not settled. A training step: ")
+    told = json.loads(Report(found).to_json())["advice"][0]
+    assert (told["choice"], told["settled"]) == ("GRU or near", False)
+    assert "GRU or near, not settled" in str(Report(found).table())
+    assert "GRU or near, not settled" in page_of(found).html()
+
+
+def test_comparison_settles_the_same_figures_with_less_spread():
+    found = replace(FOUND, compared=(GRU, varied(LSTM, "near", 12.6, off=0.01)))
+    first = advise(found)[0]
+    assert (first.choice, first.settled) == ("GRU", True) and "settle" not in first.reason
+
+
+def test_comparison_names_all_that_overlap_once():
+    near = [varied(GRU, f"near {step}", step, off=0.05) for step in (12.2, 12.5, 30)]
+    said = [each for each in advise(replace(FOUND, compared=(GRU, *near))) if "training" in each.purpose]
+    assert said[0].choice == "GRU, near 12.2 or near 12.5" and not said[0].settled
+    assert "among recurrent" not in " ".join(each.purpose for each in said)
+
+
+def test_comparison_assumes_a_spread_of_what_was_measured_once():
+    def beside(step: float) -> str:
+        once = tuple(replace(row, pyarch=replace(side(step), spread={})) for row in LSTM.rows)
+        return advise(replace(FOUND, compared=(GRU, replace(LSTM, rows=once))))[0].choice
+
+    assert beside(12.5) == "GRU or LSTM" and beside(13) == "GRU"
+
+
+def test_comparison_says_where_both_sides_are_within_their_spread():
+    rows = GRU.rows[0], Row(200, side(41), side(40, off=0.05))
+    found = replace(FOUND, compared=(replace(GRU, name="close", rows=rows),))
+    said = {each.purpose: each for each in advise(found)}
+    assert "where torch takes 41 ms (1.02x, within their spread)" in said["training speed"].reason
+    gain = said["largest gain by pyarch, training speed"]
+    assert (gain.choice, gain.settled) == ("close", False)
+    assert gain.reason == (
+        "torch over pyarch: close 1.02x (0.97x to 1.09x). "
+        "A quiet machine may settle it; longer runs (--budget) know the spread better."
+    )
+
+
+def test_comparison_does_not_settle_whose_gain_is_the_largest():
+    other = varied(GRU, "other", 12.1, off=0.01)
+    said = {each.purpose: each for each in advise(replace(FOUND, compared=(GRU, other, LSTM)))}
+    gain = said["largest gain by pyarch, training speed"]
+    assert (gain.choice, gain.settled) == ("GRU or other", False) and gain.reason.endswith(
+        "the spread better."
+    )
+
+
+def test_comparison_does_not_settle_which_of_far_reach_is_the_fastest():
+    near = replace(varied(GRU, "near", 36.5, off=0.05), reach=ATTENTION.reach)
+    said = {each.purpose: each for each in advise(replace(FOUND, compared=(ATTENTION, near)))}
+    far = said["far reach"]
+    assert (far.choice, far.settled) == ("attention or near", False)
+    assert far.reason.endswith(
+        "Of 2 that reach so far which training step is the fastest is not settled: near may be from 1.05x "
+        "faster to 1.08x slower than attention. A quiet machine may settle it; longer runs (--budget) "
+        "know the spread better."
+    )
+
+
+def test_comparison_does_not_doubt_equal_bytes():
+    said = {each.purpose: each for each in advise(replace(FOUND, compared=(GRU, replace(GRU, name="twin"))))}
+    assert said["memory"].settled and "equal to twin (8 MiB) within 5 %" in said["memory"].reason
 
 
 @pytest.mark.parametrize("count, words", [(80, "20 % fewer"), (130, "30 % more"), (320, "3.2x the")])
@@ -176,12 +267,13 @@ def test_comparison_advises_nothing_without_figures():
 
 def test_comparison_as_tables():
     time, costs, traits, said = Report(FOUND).table().tables
-    assert time.rows[4] == ("200", "GRU", "13.3 ms", "4 ms", "3.33x", "40 ms", "12 ms", "3.33x")
+    assert time.rows[4][:5] == ("200", "GRU", "13.3 ms ±1%", "4 ms ±1%", "3.33x")
+    assert time.rows[4][5:] == ("40 ms ±1%", "12 ms ±1%", "3.33x")
     assert costs.rows[6] == (
         "200",
         "attention",
-        "8 ms",
-        "10 ms",
+        "8 ms ±1%",
+        "10 ms ±1%",
         "0.80x",
         "0.0625 KiB",
         "16 MiB",
@@ -192,6 +284,14 @@ def test_comparison_as_tables():
     assert traits.rows[2][5:] == ("~T^2.0", "~T^2.0", "~T^1.0", "~T^1.0", "~T^2.0", "~T^1.0")
     assert traits.rows[3][5:7] == ("~T^1.0", "-") and "full conv, pyarch: not swapped" in traits.notes
     assert said.notes[0].startswith("- Training speed: GRU. 12 ms")
+
+
+def test_comparison_tables_mark_speedups_that_are_not_settled():
+    rows = GRU.rows[0], Row(200, side(41, token=2, off=0.03), replace(side(40, token=1), spread={}))
+    time, costs, *_ = Report(replace(FOUND, compared=(replace(GRU, rows=rows),))).table().tables
+    assert time.rows[1][5:] == ("41 ms ±3%", "40 ms once", "1.02x ?")
+    assert costs.rows[1][2:5] == ("2 ms ±3%", "1 ms once", "2.00x")
+    assert any("not settled" in note for note in time.notes)
 
 
 def test_comparison_shows_growth_only_of_several_lengths():
@@ -287,6 +387,8 @@ def test_comparison_sorts_lengths():
         (["--width", "-3"], "needs a whole number of at least 1"),
         (["--kernel", "3.5"], "needs a whole number of at least 1"),
         (["--window", "-1"], "needs a whole number of at least 0"),
+        (["--budget", "-1"], "--budget: got '-1', needs a number of seconds"),
+        (["--budget", "long"], "needs a number of seconds"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--html", "."], "is a folder"),
     ],
@@ -372,6 +474,10 @@ def test_comparison_page_holds_every_figure():
         "stock": pytest.approx([40, 26, 36, 60]),
         "pyarch": [pytest.approx(12), pytest.approx(25), pytest.approx(40), None],
     }
+    sheet = page_of(FOUND).sections[11]
+    assert sheet.columns[6:9] == [">step ms", ">step p20", ">step p80"]
+    assert ">memory p20" not in sheet.columns
+    assert sheet.rows[0][6:9] == pytest.approx((20.0, 19.8, 20.2))
     reach = page_of(FOUND).sections[10]
     assert set(reach.series) == {"GRU", "LSTM", "attention", "full conv", "0.9^d", "1.1^d"}
     assert reach.series["full conv"] == [(1, 1.0), (2, 1.0)]

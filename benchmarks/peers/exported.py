@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 import torch
@@ -65,12 +66,17 @@ def moves(order: tuple[int, ...]) -> bool:
     return order != tuple(range(len(order)))
 
 
-def forward_on_cpu_alone(name: str, twins: Twins, pass_name: str) -> None:
-    """Raise Absent for what a forward-only runtime on a CPU cannot run."""
+def forward_on_cpu_alone(name: str, packages: Sequence[str], twins: Twins, pass_name: str) -> None:
+    """Import a forward-only runtime's packages; Absent where one is missing, and for what it cannot run."""
     if pass_name != "fwd":
         raise Absent(f"{name} runs the forward alone")
     if (device := twins.inputs[0].device.type) != "cpu":
         raise Absent(f"{name} is timed on CPUs, not on {device}")
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ImportError as error:
+        raise Absent(f"{name}: {error}") from error
 
 
 @contextmanager

@@ -76,12 +76,7 @@ def session_of(model: bytes):
 
 def prepare(twins: Twins, pass_name: str, case) -> Prepared:
     """The exported forward, its inputs bound to torch's memory, its outputs in the session's own."""
-    forward_on_cpu_alone("onnxruntime", twins, pass_name)
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise Absent(f"onnxruntime: {error}") from error
+    forward_on_cpu_alone("onnxruntime", ("onnx", "onnxruntime"), twins, pass_name)
     exported = Exported(twins, case)
     arrays = exported.arrays(twins.inputs)
     is_operator = isinstance(twins.stock, Stock)

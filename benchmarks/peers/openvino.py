@@ -91,11 +91,7 @@ def as_torch(tensor, dtype: torch.dtype) -> Tensor:
 
 def prepare(twins: Twins, pass_name: str, case) -> Prepared:
     """The converted forward on inputs that share torch's memory."""
-    forward_on_cpu_alone("openvino", twins, pass_name)
-    try:
-        import openvino  # noqa: F401
-    except ImportError as error:
-        raise Absent(f"openvino: {error}") from error
+    forward_on_cpu_alone("openvino", ("openvino",), twins, pass_name)
     exported = Exported(twins, case)
     arrays = exported.arrays(twins.inputs)
     dtype = arrays[0].dtype

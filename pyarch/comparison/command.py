@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,13 @@ def add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     for name, (least, default, meaning) in NUMBERS.items():
         meaning = f"{meaning}, {default} by default"
         compare.add_argument(name, type=_at_least(least), default=default, metavar="N", help=meaning)
+    compare.add_argument(
+        "--budget",
+        type=_seconds,
+        default=DEFAULT.budget,
+        metavar="SECONDS",
+        help=f"timing of each kind of call, {DEFAULT.budget} by default; longer runs know the spread better",
+    )
     compare.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
     return compare
 
@@ -63,6 +71,7 @@ def compared(options: argparse.Namespace, device: torch.device) -> Report:
                 heads=options.heads,
                 window=options.window,
                 kernel=options.kernel,
+                budget=options.budget,
                 dtype=DTYPES[options.dtype],
                 device=device,
             )
@@ -93,6 +102,16 @@ def _lengths(text: str) -> tuple[int, ...]:
     if lengths[0] < 2:
         raise argparse.ArgumentTypeError(f"got {text!r}, needs lengths such as 128,512,2048, each at least 2")
     return lengths
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs a number of seconds")
+    return seconds
 
 
 def _at_least(least: int) -> Callable[[str], int]:

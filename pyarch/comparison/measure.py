@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median, quantiles
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,16 @@ from pyarch.comparison.architectures import Architecture, swapped
 from pyarch.comparison.generation import state_for
 from pyarch.comparison.question import Question
 from pyarch.peak_memory import peak_bytes
-from pyarch.timing import medians
+from pyarch.timing import rounds
 
-# A call that takes longer is not repeated, a shorter one until so many seconds are spent on it.
+# A call that takes longer is not repeated.
 PATIENCE_SECONDS = 4.0
-BUDGET_SECONDS = 0.25
 # Many tokens are timed as one: a single one is shorter than what disturbs the machine.
 TOKENS_AT_A_TIME = 8
+# The times of a Side: the call that is timed and how often that does it.
+TIMED = {"forward": ("forward", 1), "step": ("step", 1), "token": ("tokens", TOKENS_AT_A_TIME)}
+# What was measured once may be off by so much either way: times on a shared machine are.
+ASSUMED_SPREAD = 1.05
 LARGEST_MASK = 2**30
 NOT_SWAPPED = "not swapped"
 # What torch and our kernels raise for sizes, dtypes and memory that they do not have.
@@ -36,6 +40,8 @@ class Side:
             gradients included.
         state: bytes kept for generating, of all sequences.
         refused: why there are no figures.
+        spread: of each time that was measured more than once, the seconds that 20 % and 80 % of its rounds
+            took less than.
     """
 
     forward: float | None = None
@@ -44,6 +50,14 @@ class Side:
     memory: int | None = None
     state: int | None = None
     refused: str = ""
+    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def interval(self, figure: str) -> tuple[float, float]:
+        """Within which a figure that is there lies: a time in its spread; bytes are exact."""
+        value = getattr(self, figure)
+        if figure not in TIMED:
+            return value, value
+        return self.spread.get(figure, (value / ASSUMED_SPREAD, value * ASSUMED_SPREAD))
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,11 @@ class Row:
     length: int
     stock: Side
     pyarch: Side
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two intervals share more than an end, so that which figure is the larger is not settled."""
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def measure(architecture: Architecture, question: Question, length: int) -> Row:
@@ -73,7 +92,7 @@ def measure(architecture: Architecture, question: Question, length: int) -> Row:
             sides[name] = Side(refused=refused)
         else:
             ready[name] = trial
-    sides.update(_timed(ready, architecture.is_causal))
+    sides.update(_timed(ready, architecture.is_causal, question.budget))
     return Row(length, **sides)
 
 
@@ -135,16 +154,24 @@ class Trial:
         self.module(x).backward(self.cotangent[:, : x.shape[1]])
 
 
-def _timed(trials: dict[str, Trial], generates: bool) -> dict[str, Side]:
-    calls = ("forward", "step", "tokens") if generates else ("forward", "step")
-    seconds = {}
-    for call in calls:
+def _timed(trials: dict[str, Trial], generates: bool, budget: float) -> dict[str, Side]:
+    """All figures of the sides that run, each time measured in turns."""
+    seconds = {name: {} for name in trials}
+    for figure, (call, times) in TIMED.items():
+        if figure == "token" and not generates:
+            continue
         both = [getattr(trial, call) for trial in trials.values()]
-        seconds[call] = medians(both, BUDGET_SECONDS, PATIENCE_SECONDS)
-    sides = {}
-    for place, (name, trial) in enumerate(trials.items()):
-        token = seconds["tokens"][place] / TOKENS_AT_A_TIME if generates else None
-        kept = sum(each.numel() * each.element_size() for each in trial.state.tensors) if generates else None
-        forward, step = seconds["forward"][place], seconds["step"][place]
-        sides[name] = Side(forward, step, token, trial.memory, kept)
-    return sides
+        for name, taken in zip(trials, rounds(both, budget, PATIENCE_SECONDS), strict=True):
+            seconds[name][figure] = [each / times for each in taken]
+    return {name: _side(trial, seconds[name]) for name, trial in trials.items()}
+
+
+def _side(trial: Trial, seconds: dict[str, list[float]]) -> Side:
+    kept = trial.state and sum(each.numel() * each.element_size() for each in trial.state.tensors)
+    medians = {figure: median(taken) for figure, taken in seconds.items()}
+    spread = {}
+    for figure, taken in seconds.items():
+        if len(taken) > 1:
+            low, *_, high = quantiles(taken, n=5, method="inclusive")
+            spread[figure] = low, high
+    return Side(**medians, memory=trial.memory, state=kept, spread=spread)

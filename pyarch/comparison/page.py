@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyarch.comparison.advice import advise
+from pyarch.comparison.measure import TIMED
 from pyarch.comparison.reach import FADED, TEXTBOOK, textbook
 from pyarch.comparison.results import GROWING, SIDES, Comparison, remarks
 from pyarch.page import Axis, Bars, Facts, Lines, Page, Prose, Sheet
@@ -98,12 +99,20 @@ def _reach(comparison: Comparison) -> Lines:
 def _figures(comparison: Comparison) -> Sheet:
     """All that was measured of calls."""
     columns = ["architecture", ">tokens", "side"]
-    columns += [f">{figure} {'MiB' if SCALES[figure] == MEBIBYTES else 'ms'}" for figure in GROWING]
+    for figure in GROWING:
+        units = ("ms", "p20", "p80") if figure in TIMED else ("MiB",)
+        columns += [f">{figure} {unit}" for unit in units]
     rows = []
     for each, row, side, figures in comparison.sides():
-        cells = (_scaled(getattr(figures, figure), figure) for figure in GROWING)
+        cells = []
+        for figure in GROWING:
+            cells.append(_scaled(getattr(figures, figure), figure))
+            if figure in TIMED:
+                between = figures.spread.get(figure, (None, None))
+                cells += [_scaled(end, figure) for end in between]
         rows.append((each.name, row.length, side, *cells, figures.refused))
-    return Sheet("All figures", [*columns, "remark"], rows)
+    note = "p20, p80: the times at 20 % and at 80 % of the rounds; empty where there was one round."
+    return Sheet("All figures", [*columns, "remark"], rows, note)
 
 
 def _architectures(comparison: Comparison) -> Sheet:

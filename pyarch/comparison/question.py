@@ -18,6 +18,7 @@ class Question:
         heads: the numbers of heads of self-attention.
         window: how many tokens before its own a token of windowed attention sees.
         kernel: taps of a convolution, the token's own included.
+        budget: seconds of timing for each kind of call, both sides together; a few rounds run in any case.
     """
 
     lengths: tuple[int, ...] = (128, 512, 2048)
@@ -26,6 +27,7 @@ class Question:
     heads: tuple[int, ...] = (1, 8, 16)
     window: int = 128
     kernel: int = 31
+    budget: float = 0.25
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
 
@@ -42,6 +44,7 @@ class Question:
             "heads": list(self.heads),
             "window": self.window,
             "kernel": self.kernel,
+            "budget": self.budget,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
         }

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from pyarch.comparison.advice import advise, binary
 from pyarch.comparison.growth import shown
+from pyarch.comparison.measure import Row, Side, overlap
 from pyarch.comparison.page import page_of
 from pyarch.comparison.results import SIDES, Compared, Comparison, remarks
 from pyarch.page import Page
@@ -21,7 +22,9 @@ GROWTHS = (">step", ">pyarch", ">token", ">pyarch", ">memory", ">pyarch")
 GROWN = ("step", "token", "memory")
 TIME_NOTES = (
     "forward: without gradients; step: forward and backward, to the input and the parameters; the first",
-    "figure is torch's own, the second pyarch's, measured in turns, both in training mode without dropout",
+    "figure is torch's own, the second pyarch's, measured in turns, both in training mode without dropout;",
+    "±: half of what lies between the times at 20 % and at 80 % of the rounds; once: not repeated;",
+    "?: the times of both sides overlap, which is the faster is not settled",
 )
 COST_NOTES = (
     "token: one more token of every sequence, with what it `keeps` of those before; memory: the most that a",
@@ -91,15 +94,14 @@ def _times(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     for place, length in enumerate(comparison.question.lengths):
         for each in comparison.compared:
             row = each.rows[place]
-            forward = _pair(row.stock.forward, row.pyarch.forward, milliseconds)
-            yield str(length), each.name, *forward, *_pair(row.stock.step, row.pyarch.step, milliseconds)
+            yield str(length), each.name, *_timed_pair(row, "forward"), *_timed_pair(row, "step")
 
 
 def _costs(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     for place, length in enumerate(comparison.question.lengths):
         for each in comparison.compared:
             row = each.rows[place]
-            token = _pair(row.stock.token, row.pyarch.token, milliseconds)
+            token = _timed_pair(row, "token")
             kept = row.stock.state if row.stock.state is not None else row.pyarch.state
             memory = _pair(row.stock.memory, row.pyarch.memory, binary)
             yield str(length), each.name, *token, _cell(kept, binary), *memory
@@ -128,6 +130,26 @@ def _reach_cells(each: Compared) -> tuple[str, str]:
         return NOTHING, NOTHING
     last = len(each.reach.norms) - 1
     return tuple(f"all {last}" if at == last else str(at) for at in (each.reach.half, each.reach.faded))
+
+
+def _timed_pair(row: Row, figure: str) -> tuple[str, str, str]:
+    """Both sides' times with their spread, and the speedup, marked where it is not settled."""
+    stock, pyarch = getattr(row.stock, figure), getattr(row.pyarch, figure)
+    speedup = NOTHING
+    if stock and pyarch:
+        is_open = overlap(row.stock.interval(figure), row.pyarch.interval(figure))
+        speedup = times(stock / pyarch) + " ?" * is_open
+    return _timed(row.stock, figure), _timed(row.pyarch, figure), speedup
+
+
+def _timed(side: Side, figure: str) -> str:
+    value = getattr(side, figure)
+    if value is None:
+        return NOTHING
+    if figure not in side.spread:
+        return f"{milliseconds(value)} once"
+    low, high = side.spread[figure]
+    return f"{milliseconds(value)} ±{(high - low) / 2 / value:.0%}"
 
 
 def _pair(stock: float | None, pyarch: float | None, show: Callable[[float], str]) -> tuple[str, str, str]:

@@ -1,0 +1,37 @@
+"""The visits of a row: it is measured in several processes, minutes apart, and told as one. Imports no torch.
+
+The rounds of one process agree better with each other than with those of the next one: a neighbour on the
+machine, a clock, the places of memory and threads stay for a while. What one visit found by luck would stand
+in the results for good, and every later run look slower beside it. The speedup of a row is therefore the
+geometric mean over its visits, with an interval that reaches over theirs; its other figures are those of the
+first visit.
+"""
+
+from __future__ import annotations
+
+import math
+
+from benchmarks.goals import Goal, is_met
+
+
+def joined(first: list[dict], later: list[dict]) -> list[dict]:
+    """The rows of all visits so far with those of a later one; what failed in it alone is a row too."""
+    found = {(row["case"], row["pass"]): row for row in later if not row.get("failure")}
+    failed = {row["case"] for row in first if row.get("failure")}
+    rows = [row if row.get("failure") else joined_row(row, found) for row in first]
+    return rows + [row for row in later if row.get("failure") and row["case"] not in failed]
+
+
+def joined_row(row: dict, found: dict[tuple[str, str], dict]) -> dict:
+    """A measured row with the speedup of its later visit, if that has it, and its goal judged anew."""
+    again = found.get((row["case"], row["pass"]))
+    if again is None:
+        return row
+    visits = [*row.get("visits", [row["speedup"]]), again["speedup"]]
+    speedup = {
+        "median": math.prod(each["median"] for each in visits) ** (1 / len(visits)),
+        "low": min(each["low"] for each in visits),
+        "high": max(each["high"] for each in visits),
+    }
+    row = row | {"speedup": speedup, "visits": visits}
+    return row | {"met": row["goal"] and is_met(Goal(**row["goal"]), row)}
