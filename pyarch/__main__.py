@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pyarch import models
-from pyarch.check import DTYPES, SpecError, check, find_model, read_input
+from pyarch.check import DTYPES, EndingInTheUsersError, SpecError, check, find_model, read_input
 from pyarch.comparison.command import add_compare, compared
 from pyarch.demo import demonstrate
 from pyarch.info import info
@@ -93,22 +93,25 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     device, dtype = _device(options.device, parser), DTYPES[options.dtype]
     try:
         specs = [read_input(text) for text in options.input]
-        make = find_model(options.model)
+        with EndingInTheUsersError(f"importing {options.model}"):
+            make = find_model(options.model)
+        torch.manual_seed(0)
+        with EndingInTheUsersError(f"making {options.model}"):
+            model = make().to(device, dtype)
     except SpecError as error:
         parser.error(str(error))
-    torch.manual_seed(0)
-    model = make().to(device, dtype)
     if options.eval:
         model.eval()
     inputs = tuple(spec.draw(dtype, device) for spec in specs)
-    checked = check(
-        options.model,
-        model,
-        inputs,
-        backward=not options.forward_only,
-        layer_times=_closely(options),
-        maps=bool(options.html),
-    )
+    with EndingInTheUsersError(f"running {options.model} with --input {' --input '.join(options.input)}"):
+        checked = check(
+            options.model,
+            model,
+            inputs,
+            backward=not options.forward_only,
+            layer_times=_closely(options),
+            maps=bool(options.html),
+        )
     return _shown(checked, options, parser)
 
 

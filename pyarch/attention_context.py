@@ -60,7 +60,7 @@ def is_in_context() -> bool:
 
 @contextmanager
 def answering(attend: Attend) -> Iterator[None]:
-    """Let `attend` answer this thread's calls inside every `attention_context`, for the block."""
+    """Let `attend` answer this thread's calls of `answered`, for the block."""
     thread = get_ident()
     outer = _answers.get(thread)
     _answers[thread] = attend
@@ -73,6 +73,12 @@ def answering(attend: Attend) -> Iterator[None]:
             _answers[thread] = outer
 
 
+def answered(*args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+    """`pyarch.ops.scaled_dot_product_attention`, or who answers in its stead while a model is watched."""
+    attend = _answers.get(get_ident()) if _answers else None
+    return (attend or scaled_dot_product_attention)(*args, **kwargs)
+
+
 # By thread; empty but while somebody watches a model.
 _answers: dict[int, Attend] = {}
 
@@ -83,8 +89,7 @@ class _AttentionMode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         # torch.jit.trace records torch's operators alone.
         if func is stock and not torch.jit.is_tracing():
-            attend = _answers.get(get_ident()) if _answers else None
-            return (attend or scaled_dot_product_attention)(*args, **(kwargs or {}))
+            return answered(*args, **(kwargs or {}))
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             # The same function; dynamo cannot trace the super() in this method when a mode calls it.
             func = torch.unflatten

@@ -6,8 +6,10 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX_DTYPE = "int64"
+
+
+# What stands between the user's shell and the user's files in a traceback.
+NOT_THE_USERS = sys.stdlib_module_names | {"__main__", "pyarch", "torch"}
 
 
 class SpecError(ValueError):
@@ -132,11 +138,12 @@ def read_input(text: str) -> InputSpec:
 def find_model(spec: str) -> Callable[[], nn.Module]:
     """Import MODULE from the current folder or the path, find FACTORY in it, and return what gives the model.
 
-    FACTORY may be a model, or a function or class without required arguments. What it raises when called is
-    its own.
+    FACTORY may be a model, or a function or class without required arguments. What it raises when called, and
+    what the module raises when imported, is their own.
 
     Raises:
-        SpecError: the text is not MODULE:FACTORY, there is no such module or name, or it needs arguments.
+        SpecError: the text is not MODULE:FACTORY, there is no such module or name, or it needs arguments;
+            from what is returned: the factory gave no model.
     """
     module_name, _, path = spec.partition(":")
     if not module_name or not path:
@@ -160,7 +167,7 @@ def find_model(spec: str) -> Callable[[], nn.Module]:
 def _made(spec: str, factory: Callable[[], object]) -> nn.Module:
     model = factory()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{spec!r}: gave {type(model).__name__}, needs a torch.nn.Module")
+        raise SpecError(f"{spec!r}: gave {type(model).__name__}, needs a torch.nn.Module")
     return model
 
 
@@ -174,3 +181,49 @@ def _import(name: str):
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise SpecError(f"no module {error.name!r} in {os.getcwd()} or on the path") from error
+
+
+# -------------------------------------------------------------------------------- errors of the user's
+
+
+class EndingInTheUsersError:
+    """A block that runs the user's code: what that raises ends the command, shown from the user's file on.
+
+    One line above the traceback says what was tried. An error that no file of the user's or of torch's is
+    part of is ours, and goes on as it is.
+
+    Args:
+        tried: that line, such as "calling net:build".
+
+    Raises:
+        SystemExit: 1, after the traceback went to stderr.
+    """
+
+    def __init__(self, tried: str):
+        self.tried = tried
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, Exception) or isinstance(error, SpecError):
+            return
+        theirs = _users_part(trace)
+        if theirs is None and not isinstance(error, SyntaxError):  # which says its file itself
+            return
+        print(f"{self.tried} raised {kind.__name__}:", file=sys.stderr)
+        traceback.print_exception(kind, error, theirs)
+        raise SystemExit(1) from None
+
+
+def _users_part(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback from the first file on that is the user's, else from torch's first, else None."""
+    torchs = None
+    while trace is not None:
+        package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in NOT_THE_USERS:
+            return trace
+        if package == "torch" and torchs is None:
+            torchs = trace
+        trace = trace.tb_next
+    return torchs

@@ -1,8 +1,8 @@
 """Who looks at whom: the attention weights of every layer of a swapped model, head by head.
 
 The model runs once, as a copy that shares its parameters. Every nn.MultiheadAttention in it, also one inside
-a transformer layer, every attention inside windows, and every plain call in an `attention_context` gives its
-weights beside its output.
+a transformer layer, every attention inside windows, every plain call in an `attention_context`, and every
+layer of transformers' models under `attn_implementation="pyarch"` gives its weights beside its output.
 
 Legend: B batch, H heads, Tq queries, Tk keys; n windows of an image, N tokens in a window.
 """
@@ -10,6 +10,7 @@ Legend: B batch, H heads, Tq queries, Tk keys; n windows of an image, N tokens i
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -31,6 +32,10 @@ from pyarch.report import Table
 from pyarch.rules import Rule, first_match, read_rules
 from pyarch.swap import SDPA_HINT, checked_model
 
+TRANSFORMERS_HINT = (
+    "a model of transformers: pyarch.integrations.transformers.register() and "
+    'model.set_attn_implementation("pyarch"), or its own output_attentions=True under "eager"'
+)
 WINDOW_LAYERS = WindowAttention, SwinAttention
 ATTENTION_LAYERS = MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, *WINDOW_LAYERS
 
@@ -39,7 +44,8 @@ class AttentionMaps(Mapping[str, Tensor]):
     """Attention weights by layer, on the CPU: (B, H, Tq, Tk), or (B, Tq, Tk) where heads were averaged.
 
     A layer that ran once stands under its name, one that ran several times under "name[0]", "name[1]" and so
-    on; "" is the model itself. Each row sums to 1, or is 0 where a query sees no key.
+    on; "" is the model itself. Each row sums to 1, beside attention sinks to less, and is 0 where a query
+    sees no key.
     """
 
     def __init__(self, maps: Mapping[str, Tensor]):
@@ -153,20 +159,21 @@ def attention_maps(
     They are the probabilities that the model multiplies its values with: of every nn.MultiheadAttention, by
     its name, inside a transformer layer too; of every attention inside windows (`pyarch.nn.WindowAttention`,
     and torchvision's and Hugging Face's Swin as swapped); and where the model was swapped with `sdpa=True` of
-    every plain call of torch's scaled_dot_product_attention, by the name of the module that makes it. Windows
+    every plain call of torch's scaled_dot_product_attention, by the name of the module that makes it; and of
+    the layers of a Hugging Face model under attn_implementation="pyarch", which needs no swap. Windows
     stand in the batch, (B * n, H, N, N): those of an image follow each other row by row, `sample` of a plot
     counts them, and those of a shifted layer are cut from the rolled image, where a token gives 0 to those
-    that lie in another part of it. Other attention, such as that of a Hugging Face model under
-    attn_implementation="pyarch" (which has output_attentions=True), gives none, and jagged nested tensors are
-    refused. The model runs in the mode that it is in, but without dropout, and is itself left alone: a copy
-    that shares its parameters runs, without gradients, and no random number of yours is drawn.
+    that lie in another part of it. Other attention gives none, such as that of a Hugging Face model under
+    "eager" (which has output_attentions=True), and jagged nested tensors are refused: pad them. The model
+    runs in the mode that it is in, but without dropout, and is itself left alone: a copy that shares its
+    parameters runs, without gradients, and no random number of yours is drawn.
 
     Every map is a dense tensor: B * H * Tq * Tk elements a call, of the dtype of its layer, all of them on
     the CPU at once (12 layers of 12 heads over 1024 tokens in float32: 600 MB a sequence). `layers` keeps
     only what you look at; `heads=False` divides the size by H, also on the device of the model.
 
     Args:
-        model: swapped, with attention among its layers, or with `sdpa=True`.
+        model: swapped, with attention among its layers, or with `sdpa=True`; or under "pyarch".
         inputs: a tensor, a tuple or list of arguments, or a dict of named arguments.
         heads: False for the mean over heads, (B, Tq, Tk).
         layers: which layers, by patterns over their names as in the rules of `swap`: globs, or regular
@@ -187,6 +194,7 @@ def attention_maps(
         raise ValueError(
             f"{type(copied).__name__} has no attention layer of pyarch: swap it first, "
             f"pyarch.swap(model), or, where it calls F.scaled_dot_product_attention itself, {SDPA_HINT}"
+            + (f"; {TRANSFORMERS_HINT}" if _implementations(copied) else "")
         )
     silence_dropout(copied)
     found: dict[str, list[Tensor]] = {}
@@ -208,13 +216,14 @@ def attention_maps(
     def leave(module: nn.Module, args: tuple, output: object) -> None:
         running.pop()
 
-    def attend_plainly(*args, **kwargs) -> Tensor:
+    def attend_plainly(*args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
         name = running[-1]
         if not is_wanted(name):
             return scaled_dot_product_attention(*args, **kwargs)
-        output, weights = _attended_plainly(args, kwargs, heads)
-        keep(name, weights)
-        return output
+        is_asked = kwargs.get("return_weights") is not None  # by a layer of transformers: those of each head
+        output, weights = _attended_plainly(args, kwargs, heads or is_asked)
+        keep(name, weights if heads or not is_asked else weights.mean(1))
+        return (output, weights) if is_asked else output
 
     names = {module: name for name, module in copied.named_modules()}
     for module in names:
@@ -229,7 +238,17 @@ def attention_maps(
 def _has_attention(model: nn.Module) -> bool:
     if has_context(model) or is_in_context():
         return True
-    return any(isinstance(layer, ATTENTION_LAYERS) for layer in swapped_layers(model).values())
+    if any(isinstance(layer, ATTENTION_LAYERS) for layer in swapped_layers(model).values()):
+        return True
+    registered = sys.modules.get("pyarch.integrations.transformers_attention")
+    return registered is not None and any(map(registered.is_registered_as, _implementations(model)))
+
+
+def _implementations(model: nn.Module) -> set[str]:
+    """The attention implementations that a model of transformers and its parts have chosen."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    chosen = (getattr(config, "_attn_implementation", None) for config in configs)
+    return {name for name in chosen if isinstance(name, str)}
 
 
 def _check_ran(ran: list[str], wanted: tuple[Rule, ...]) -> None:

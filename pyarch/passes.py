@@ -96,11 +96,10 @@ def compare_end_to_end(ours: Results, stocks: list[Results], reference: Results)
     """Compare a whole model.
 
     torch's own error is the largest of several of its runs, some with parameters moved by a rounding. Its
-    worst
-    relative error over all tensors stands in for each: a lone number may be right by luck. A gradient may
-        jump where
-    an activation changes side by rounding, in one run and not in another, so the square root of the dtype's
-    epsilon is granted; the layers by themselves, on equal inputs, are held to the rule without that.
+    worst relative error over all tensors stands in for each: a lone number may be right by luck. A gradient
+    may jump where an activation changes side by rounding, in one run and not in another, so the square root
+    of the dtype's epsilon is granted; the layers by themselves, on equal inputs, are held to the rule without
+    that.
     """
     missing = _keep_shared([ours, *stocks, reference])
     outputs = _errors([each.outputs for each in stocks], reference.outputs)
@@ -108,9 +107,12 @@ def compare_end_to_end(ours: Results, stocks: list[Results], reference: Results)
     scales = _layer_scales(reference.gradients)
     output_noise = _noise(outputs, reference.outputs, {})
     gradient_noise = _noise(gradients, reference.gradients, scales)
+    first, kinks = stocks[0], True
     return EndToEnd(
-        _compare(ours.outputs, outputs, reference.outputs, {}, output_noise),
-        _compare(ours.gradients, gradients, reference.gradients, scales, gradient_noise, kinks=True),
+        _compare(ours.outputs, first.outputs, outputs, reference.outputs, {}, output_noise),
+        _compare(
+            ours.gradients, first.gradients, gradients, reference.gradients, scales, gradient_noise, kinks
+        ),
         max(output_noise, gradient_noise),
         any(scale(each) > 0 for each in reference.gradients.values()),
         missing,
@@ -125,9 +127,10 @@ def compare_layer(
     largest = max((scale(each) for each in reference.gradients.values()), default=0.0)
     outputs = _errors([stock.outputs], reference.outputs)
     gradients = _errors([stock.gradients], reference.gradients)
+    scales = dict.fromkeys(reference.gradients, largest)
     return (
-        _compare(ours.outputs, outputs, reference.outputs, {}),
-        _compare(ours.gradients, gradients, reference.gradients, dict.fromkeys(reference.gradients, largest)),
+        _compare(ours.outputs, stock.outputs, outputs, reference.outputs, {}),
+        _compare(ours.gradients, stock.gradients, gradients, reference.gradients, scales),
     )
 
 
@@ -157,6 +160,7 @@ def _noise(errors: dict[str, float], reference: dict[str, Tensor], scales: dict[
 
 def _compare(
     ours: dict[str, Tensor],
+    stock: dict[str, Tensor],
     errors: dict[str, float],
     reference: dict[str, Tensor],
     scales: dict[str, float],
@@ -169,7 +173,8 @@ def _compare(
         limit = allowed(errors[name], wanted, dtype, layer_scale, noise)
         if kinks:
             limit = max(limit, torch.finfo(dtype).eps ** 0.5 * scale(wanted, layer_scale))
-        comparisons.append(Comparison(name, error(ours[name], wanted), errors[name], limit))
+        nan = stock[name].isnan().sum().item() / max(1, stock[name].numel())
+        comparisons.append(Comparison(name, error(ours[name], wanted), errors[name], limit, nan))
     return comparisons
 
 

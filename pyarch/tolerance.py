@@ -22,8 +22,8 @@ NEGLIGIBLE = 1e-6
 
 
 def scale(reference: Tensor, layer_scale: float = 0.0) -> float:
-    """The magnitude that rounding is measured by: the reference's largest value, or the layer's."""
-    own = reference.abs().max().item() if reference.numel() else 0.0
+    """The magnitude that rounding is measured by: the reference's largest finite value, or the layer's."""
+    own = reference.abs().nan_to_num(0.0, posinf=0.0).max().item() if reference.numel() else 0.0
     return layer_scale if own < NEGLIGIBLE * layer_scale else own
 
 

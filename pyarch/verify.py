@@ -30,6 +30,7 @@ from pyarch.observation import PLAIN_ATTENTION, Observed, observing
 from pyarch.passes import Cotangents, EndToEnd, compare_end_to_end, compare_layer, run
 from pyarch.swap import SDPA_HINT, checked_model, swap
 from pyarch.timing import time_passes
+from pyarch.verify_nan import consequence_of_nan, named_comparisons, where_nan
 from pyarch.verify_report import Ceilings, Comparison, LayerResult, VerifyReport
 
 KERNELS = frozenset(dispatch.BACKENDS) - {"torch", "reference"}
@@ -102,7 +103,7 @@ def _proof(model: nn.Module, stock: nn.Module | None, arguments: Arguments, wish
     problems += _problems(results, end_to_end, wish.backward)
     if results and not _ran_a_kernel(results):
         problems.append(f"no layer ran a kernel of ours: {_why_not(layers, observed)}")
-    notes += _notes(results, end_to_end)
+    notes += _notes(results, end_to_end, wish.backward)
     return VerifyReport(
         _dtype_name(model),
         results,
@@ -154,8 +155,12 @@ def _end_to_end(
     except (RuntimeError, TypeError, ValueError) as error:
         error.add_note(f"raised by the copy of the model in {dtype}, which verify compares with")
         raise
-    with observing(swapped_layers(ours)) as observed:
-        mine = run(ours, arguments, cotangents, wish.backward)
+    try:
+        with observing(swapped_layers(ours)) as observed:
+            mine = run(ours, arguments, cotangents, wish.backward)
+    except (RuntimeError, TypeError, ValueError) as error:
+        error.add_note("raised by the swapped copy of the model; torch's own ran")
+        raise
     return compare_end_to_end(mine, stocks, reference), observed
 
 
@@ -222,26 +227,29 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _problems(layers: tuple[LayerResult, ...], end_to_end: EndToEnd, backward: bool) -> list[str]:
-    found = [f"model: {each}" for each in (*end_to_end.outputs, *end_to_end.gradients) if not each.kept]
-    for layer in layers:
-        found += [
-            f"layer {layer.name!r}: {each}" for each in (*layer.outputs, *layer.gradients) if not each.kept
-        ]
+    named = named_comparisons(layers, end_to_end)
+    found = [f"{owner}: {each}" for owner, each in named if not each.kept and not each.nan]
     if len(found) > MOST_PROBLEMS_LISTED:
         found = [
             *found[:MOST_PROBLEMS_LISTED],
             f"and {len(found) - MOST_PROBLEMS_LISTED} more beyond tolerance",
         ]
+    consequence = consequence_of_nan(layers, end_to_end, backward)
+    if consequence:
+        found.insert(0, f"{where_nan(layers, end_to_end)}; {consequence}")
     found += [f"{name}: present in one run, missing in another" for name in end_to_end.missing]
     if not end_to_end.outputs:
         found.append("the model returned no floating tensor to compare")
-    if backward and not end_to_end.any_gradient:
+    if backward and not end_to_end.any_gradient and not any(each.nan for each in end_to_end.gradients):
         found.append("no gradient is different from zero, so the backward is not proven")
     return found
 
 
-def _notes(layers: tuple[LayerResult, ...], end_to_end: EndToEnd) -> list[str]:
+def _notes(layers: tuple[LayerResult, ...], end_to_end: EndToEnd, backward: bool) -> list[str]:
     notes = []
+    where = where_nan(layers, end_to_end)
+    if where and not consequence_of_nan(layers, end_to_end, backward):
+        notes.append(where)
     if end_to_end.noise > LOUD:
         notes.append(
             f"torch's own error reaches {end_to_end.noise:.0%} of the largest value: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
@@ -19,12 +20,14 @@ class Comparison:
         error: of the swapped model.
         stock_error: of torch's own, in the same dtype.
         allowed: the largest error that the tolerance rule grants.
+        nan: the share of torch's own values that are NaN; of these only the places are compared.
     """
 
     name: str
     error: float
     stock_error: float
     allowed: float
+    nan: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -36,6 +39,11 @@ class Comparison:
     @property
     def kept(self) -> bool:
         return self.error <= self.allowed
+
+    @property
+    def is_hollow(self) -> bool:
+        """Whether there is no number to compare: torch's own are all NaN, or are where float64's are not."""
+        return self.nan == 1 or (self.nan > 0 and math.isinf(self.stock_error))
 
     def __str__(self) -> str:
         errors = f"error {self.error:.2e}, torch's own {self.stock_error:.2e}"

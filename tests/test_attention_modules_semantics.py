@@ -29,6 +29,7 @@ from tests.attention_modules_cases import (
     hold,
     operands,
     outcome,
+    said,
     warned,
     window_mask,
     with_or_without_weights,
@@ -379,6 +380,15 @@ def test_attention_modules_drop_everything(backend):
     with pyarch.backend(backend):
         mine, theirs = (outcome(layer, *operands_of_zeros(layer)) for layer in (ours, stock))
     torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dropout", [None, "x", 2, 1.5, -1, (1, 2)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_attention_modules_dropout_that_is_no_probability_is_as_in_torch(dropout, training):
+    """Refused in training in torch's words, but for a negative one, which drops nothing there."""
+    ours, stock = (layer.train(training) for layer in attention(dropout=dropout))
+    mine, theirs = (said(lambda layer=layer: layer(*operands_of_zeros(layer))) for layer in (ours, stock))
+    assert mine == theirs and (theirs[0] != "no error") == (training and dropout != -1)
 
 
 # ------------------------------------------------------------------------------------ warnings

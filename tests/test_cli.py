@@ -14,8 +14,8 @@ import torch
 
 import pyarch
 from pyarch import __main__ as cli
-from pyarch import models, native, report
-from pyarch.check import InputSpec, SpecError, find_model, read_input
+from pyarch import check, models, native, report
+from pyarch.check import InputSpec, SpecError, read_input
 from pyarch.report import Table
 
 OPERATOR = "cli"
@@ -69,6 +69,13 @@ def net_file(tmp_path, monkeypatch):
 
             def text():
                 return "text"
+
+            class Failing(nn.Module):
+                def forward(self, x):
+                    return self.reshaped(x)
+
+                def reshaped(self, x):
+                    return x.reshape(7, 7)
             """
         )
     )
@@ -207,6 +214,7 @@ def test_cli_check_fails_a_model_with_nothing_to_swap(capsys, fast):
         ("users_net:absent", "users_net has no 'absent'"),
         ("users_net:count", "is int, needs a model or what makes one"),
         ("users_net:sized", "missing a required argument: 'width'"),
+        ("users_net:text", "gave str, needs a torch.nn.Module"),
     ],
 )
 def test_cli_check_explains_a_bad_model(capsys, net_file, spec, text):
@@ -215,14 +223,74 @@ def test_cli_check_explains_a_bad_model(capsys, net_file, spec, text):
     assert stopped.value.code == 2 and text in capsys.readouterr().err
 
 
-def test_cli_check_shows_the_users_own_errors(net_file):
-    with pytest.raises(ValueError, match="the user's own"):
-        cli.main(["check", "users_net:broken", "--input", "3"])
-    with pytest.raises(TypeError, match="gave str, needs a torch.nn.Module"):
-        cli.main(["check", "users_net:text", "--input", "3"])
-    (net_file / "needs_more.py").write_text("import not_there_at_all\n")
-    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
-        find_model("needs_more:build")
+OWN_ERRORS = {
+    "in the factory": (
+        "users_net:broken",
+        "making users_net:broken raised ValueError:",
+        ["in broken"],
+        "ValueError: the user's own",
+    ),
+    "in the forward": (
+        "users_net:Failing",
+        "running users_net:Failing with --input 3 raised RuntimeError:",
+        ["in forward", "in reshaped"],
+        "RuntimeError: shape '[7, 7]' is invalid for input of size 3",
+    ),
+    "in an import": (
+        "needs_more:build",
+        "importing needs_more:build raised ModuleNotFoundError:",
+        ["in <module>"],
+        "ModuleNotFoundError: No module named 'not_there_at_all'",
+    ),
+}
+
+
+@pytest.mark.parametrize("spec, line, places, error", OWN_ERRORS.values(), ids=OWN_ERRORS)
+def test_cli_check_shows_the_users_own_errors_from_their_file_on(capsys, net_file, spec, line, places, error):
+    file = net_file / f"{spec.partition(':')[0]}.py"
+    if not file.exists():
+        file.write_text("import not_there_at_all\n")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", spec, "--input", "3", "--json", "--device", "cpu"])
+    captured = capsys.readouterr()
+    said = captured.err.splitlines()
+    assert stopped.value.code == 1 and captured.out == ""
+    assert said[:2] == [line, "Traceback (most recent call last):"] and said[-1] == error
+    frames = [each.strip() for each in said if each.startswith("  File ")]
+    assert all(f'File "{file}"' in frame for frame in frames)
+    assert [frame.rpartition(", ")[2] for frame in frames] == places
+
+
+def test_cli_check_shows_what_torch_refuses_without_frames_of_ours(capsys, net_file):
+    """A model of torch's layers alone has no file of the user's."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", "users_net:build", "--input", "2,5,9,9", "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert said.startswith("running users_net:build with --input 2,5,9,9 raised RuntimeError:\nTraceback")
+    assert "expected input[2, 5, 9, 9] to have 4 channels" in said.splitlines()[-1]
+    package = str(Path(pyarch.__file__).parent)
+    assert package not in said and "container.py" in said
+
+
+def test_cli_check_shows_where_a_users_file_is_no_python(capsys, net_file):
+    (net_file / "no_python.py").write_text("def build(:\n")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", "no_python:build", "--input", "3"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.startswith("importing no_python:build raised SyntaxError:\n")
+    assert said.count("  File ") == 1 and 'no_python.py", line 1' in said
+
+
+def test_cli_check_does_not_hide_an_error_of_its_own(monkeypatch, net_file):
+    def failing(*_, **__):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(cli, "check", failing)
+    # Where the error arises is no file of the user's, nor of torch's.
+    monkeypatch.setattr("pyarch.check.NOT_THE_USERS", {*check.NOT_THE_USERS, "tests"})
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        cli.main(["check", "users_net:build", "--input", "2,4,9,9", "--device", "cpu"])
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "pyarch.dispatch": {"pyarch.hardware"},
     "pyarch.ops": {"pyarch.hardware", "pyarch.native", "pyarch.dispatch", "pyarch.reference"},
     "pyarch.nn": {"pyarch.ops", "pyarch.dispatch", "pyarch.hardware"},
-    "pyarch.integrations": {"pyarch.ops", "transformers"},
+    "pyarch.integrations": {"pyarch.ops", "pyarch.attention_context", "transformers"},
 }
 KERNELS = {"pyarch.triton_kernels", "pyarch.reference"}
 UPPER_FLOOR_PACKAGES = {"rich", "matplotlib"}

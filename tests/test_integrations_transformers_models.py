@@ -462,3 +462,69 @@ def test_transformers_gradient_checkpointing_keeps_the_pattern(reentrant):
     assert len(calls) == 4 and not any(call.mask for call in calls)
     for name, gradient in wanted.items():
         torch.testing.assert_close(ran[1][name], gradient)
+
+
+# -------------------------------------------------------------------------------- maps
+
+
+def named_inputs(case: Case) -> dict[str, Tensor]:
+    given_ = given(case)
+    if case.name == "whisper":
+        return {"input_features": given_, "decoder_input_ids": tokens()}
+    if case.name == "t5":
+        return {"input_ids": given_, "decoder_input_ids": given_}
+    return {"pixel_values" if case.name == "vit" else "input_ids": given_}
+
+
+def weights_by_transformers(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """What "eager" gives for output_attentions=True, in the order in which the layers run."""
+
+    def cast(each: Tensor) -> Tensor:
+        return each.to(dtype) if each.is_floating_point() else each
+
+    model = case.build("eager").to(dtype)
+    arguments = {name: cast(each) for name, each in named_inputs(case).items()}
+    with torch.no_grad():
+        found = model(**arguments, output_attentions=True)
+    if "attentions" in found:
+        return list(found["attentions"])
+    of_decoder = zip(found["decoder_attentions"], found["cross_attentions"], strict=True)
+    return [*found["encoder_attentions"], *(each for layer in of_decoder for each in layer)]
+
+
+@each_case
+def test_transformers_maps_are_the_weights_that_eager_gives(case):
+    model = case.build("pyarch")
+    maps = pyarch.attention_maps(model, named_inputs(case))
+    stock, exact = (weights_by_transformers(case, each) for each in (torch.float32, torch.float64))
+    assert len(maps) == len(case.patterns) == len(stock)
+    for (name, weights), *both in zip(maps.items(), stock, exact, strict=True):
+        assert name in dict(model.named_modules()), name
+        check(f"{case} {name}", weights, *both)
+    mean = pyarch.attention_maps(model, named_inputs(case), heads=False, layers=list(maps)[0])
+    (only,) = mean.values()
+    torch.testing.assert_close(only, next(iter(maps.values())).mean(1))
+
+
+def test_transformers_maps_beside_weights_of_the_models_own_and_dropout():
+    """A model that returns its weights still does; what is dropped in training is not in a map."""
+    case = CASES[6]
+    model = case.build("pyarch")
+    wanted = model(**named_inputs(case), output_attentions=True).attentions
+    model.train()
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.attentions))
+    for heads in (True, False):
+        arguments = {**named_inputs(case), "output_attentions": True}
+        maps = pyarch.attention_maps(model, arguments, heads=heads)
+        for found, mine, theirs in zip(maps.values(), seen[-1], wanted, strict=True):
+            torch.testing.assert_close(mine, theirs)
+            torch.testing.assert_close(found, theirs if heads else theirs.mean(1))
+
+
+def test_transformers_maps_of_another_implementation_say_what_to_do():
+    for implementation in ("sdpa", "eager"):
+        with pytest.raises(
+            ValueError, match=r"set_attn_implementation\(\"pyarch\"\), or its own output_attentions"
+        ):
+            pyarch.attention_maps(CASES[6].build(implementation), named_inputs(CASES[6]))

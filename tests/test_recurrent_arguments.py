@@ -167,6 +167,20 @@ TEXTS = {
 }
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{"bidirectional": 1}, {"bidirectional": None}, {"bidirectional": []}, {"num_layers": True}],
+    ids=str,
+)
+@each_layer
+def test_recurrent_layers_of_settings_of_another_type_refuse_calls_as_torch(name, settings, packed):
+    x = torch.randn(4, 2, 3)
+    given = pack_padded_sequence(x, [4, 2]) if packed else x
+    mine, theirs = (said(lambda cls=cls: cls(3, 4, **settings)(given)) for cls in classes(name))
+    assert mine == theirs and theirs[0] == "TypeError"
+
+
 @pytest.mark.parametrize("name, case", TEXTS, ids=str)
 def test_recurrent_errors_name_what_is_wrong(name, case):
     ours, _ = pairs(name, I, H)

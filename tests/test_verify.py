@@ -106,6 +106,88 @@ def test_verify_fails_a_nan(kernel):
     assert '"inf"' in report.to_json()
 
 
+# -------------------------------------------------------------------------------- models that give NaN
+
+
+class Undefined(nn.Module):
+    """NaN in a share of what it gives: all of it, two channels of eight, or in its layers alone."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share, self.layers = share, net()
+
+    def forward(self, x):
+        if self.share == "inside":
+            hidden = self.layers(x / torch.zeros(1))
+            return self.layers(x) + torch.where(hidden.isnan(), 0.0, hidden)
+        scale = torch.ones(8, 1, 1)
+        scale[: 8 if self.share == "all" else 2] = torch.nan
+        return self.layers(x) * scale
+
+
+def test_verify_says_once_that_a_model_gives_nan(kernel):
+    kernel()
+    report = verified(Undefined("all"), image())
+    (problem,) = report.problems
+    gradients = len(report.gradients)
+    assert problem == (
+        f"torch's own model gives NaN too, in output (100% of it), {gradients} of {gradients} gradients: "
+        "there only the places of NaN are compared; no output has a number left to compare"
+    )
+    assert report.outputs[0].nan == 1
+    assert all(each.nan and each.kept for each in (*report.outputs, *report.gradients))
+
+
+def test_verify_compares_what_is_not_nan(kernel):
+    """A quarter of the output has no number; the rest proves the model, and fails it where it is wrong."""
+    kernel()
+    report = verified(Undefined("some"), image(), backward=False).assert_ok()
+    (note,) = [each for each in report.notes if "NaN" in each]
+    assert note.startswith("torch's own model gives NaN too, in output (25% of it): there only the places")
+    assert report.outputs[0].nan == 0.25 and 0 < report.outputs[0].allowed < 1e-3
+    kernel(forward=lambda output: output + 1e-3)
+    problem = verified(Undefined("some"), image(), backward=False).problems[0]
+    assert problem.endswith("ours has NaN elsewhere, or other numbers beside it, in model: output")
+
+
+def test_verify_fails_nan_in_other_places(kernel):
+    def moved(output):
+        output = output.clone()
+        output[:, -1] = torch.nan
+        return output
+
+    kernel(forward=moved)
+    problem = verified(Undefined("some"), image(), backward=False).problems[0]
+    assert problem.endswith("ours has NaN elsewhere, or other numbers beside it, in model: output")
+
+
+def test_verify_names_layers_that_give_nan_unseen(kernel):
+    kernel()
+    report = verified(Undefined("inside"), image(), backward=False)
+    notes = [each for each in (*report.notes, *report.problems) if "NaN" in each]
+    assert notes == [
+        "torch's own model gives NaN too, in 2 of 2 layers ('layers.0', 'layers.3'): "
+        "there only the places of NaN are compared"
+    ]
+
+
+def test_verify_does_not_grant_an_infinity_beside_numbers(kernel):
+    """The largest finite value is what rounding is measured by."""
+
+    class Overflowing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = depthwise()
+
+        def forward(self, x):
+            return torch.cat([self.layer(x).flatten(), torch.full((1,), torch.inf)])
+
+    kernel()
+    assert verified(Overflowing(), image(), backward=False).ok
+    kernel(forward=lambda output: output + 1)
+    assert any("model: output" in each for each in verified(Overflowing(), image(), backward=False).problems)
+
+
 def test_verify_fails_a_gradient_end_to_end_that_no_layer_alone_shows(kernel, monkeypatch):
     """A gradient lost between the layers: each layer by itself is right."""
     kernel()
@@ -370,6 +452,16 @@ def test_verify_says_which_copy_failed():
     assert "copy of the model in torch.float64" in raised.value.__notes__[0]
 
 
+def test_verify_says_when_only_the_swapped_copy_failed(kernel):
+    def failing(output):
+        raise RuntimeError("out of kernels")
+
+    kernel(forward=failing)
+    with pytest.raises(RuntimeError, match="out of kernels") as raised:
+        verified(net(), image())
+    assert raised.value.__notes__ == ["raised by the swapped copy of the model; torch's own ran"]
+
+
 # -------------------------------------------------------------------------------- the report
 
 
@@ -379,7 +471,13 @@ def test_verify_report_as_table_and_json(kernel):
     assert str(report).startswith("verification (float32) ok") and "step: " in str(report)
     document = json.loads(report.to_json())
     assert document["schema"] == "pyarch.verify/1" and document["ok"] is True
-    assert document["layers"][0]["gradients"][0].keys() == {"name", "error", "stock_error", "allowed"}
+    assert document["layers"][0]["gradients"][0].keys() == {
+        "name",
+        "error",
+        "stock_error",
+        "allowed",
+        "nan",
+    }
 
 
 def test_tolerance_noise_stands_in_for_a_lucky_error():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
+from pyarch.attention_context import answered
 from pyarch.integrations.transformers_mask import Pattern, PatternMask
-from pyarch.ops import scaled_dot_product_attention
 
 # What a layer may say beside its mask of who sees whom, and no option of ours does; none is passed over.
 _REFUSED = {
@@ -75,7 +76,7 @@ def attention(
     elif isinstance(attention_mask, PatternMask):
         known, fits = attention_mask.pattern, attention_mask.shape == shape
         pattern, attention_mask = (known, None) if known and fits else (pattern, attention_mask.read())
-    result = scaled_dot_product_attention(
+    result = answered(
         query,
         key,
         value,
@@ -100,3 +101,9 @@ def _unmasked(is_causal: bool, sliding_window: int | None, queries: int, keys: i
     if sliding_window is None or max(queries, keys) <= sliding_window:
         return Pattern(queries > 1, None, 0, None)
     return Pattern(queries > 1, (sliding_window - 1, None), keys - 1 if queries == 1 else 0, None)
+
+
+def is_registered_as(name: str) -> bool:
+    """Whether a name for `attn_implementation` stands for `attention`."""
+    registry = AttentionInterface()
+    return name in registry and registry[name] is attention

@@ -137,7 +137,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
     ) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of a call, for "forward" and "backward"."""
         if is_jagged(query):
-            return explain_jagged(self, query, config_of(self))
+            return explain_jagged(self, query, key, value, config_of(self), is_causal)
         is_fused = is_fused_by_torch(self, query, key, value, key_padding_mask, attn_mask)
         call = read(
             self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal and not is_fused

@@ -94,6 +94,8 @@ def _sizes(module: nn.MultiheadAttention, query, key, value) -> tuple[int, int, 
         return None
     if query.is_nested or key.is_nested or value.is_nested or query.is_meta:
         return None
+    if module.training and not _is_probability(module.dropout):
+        return None
     if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
         return None
     if query.shape[-1] != module.embed_dim or key.shape[-1] != module.kdim or value.shape[-1] != module.vdim:
@@ -106,6 +108,10 @@ def _sizes(module: nn.MultiheadAttention, query, key, value) -> tuple[int, int, 
     if query.shape[across] != key.shape[across]:
         return None
     return query.shape[across], query.shape[along], key.shape[along]
+
+
+def _is_probability(dropout) -> bool:
+    return isinstance(dropout, int | float) and 0 <= dropout <= 1
 
 
 def _are_of_kernel_kind(*inputs: Tensor) -> bool:

@@ -1,6 +1,6 @@
-"""MultiheadAttention over jagged nested tensors (N, *, E): their rows without padding, by attention_varlen.
+"""Attention modules over jagged nested tensors (N, *, E): their rows without padding, by attention_varlen.
 
-torch's own module takes none. Every sequence attends as it would alone, forward and backward; what a call
+torch's own modules take none. Every sequence attends as it would alone, forward and backward; what a call
 asks for beyond that is refused by name.
 
 Legend: N sequences, E width (embed_dim), H heads, D width of a head.
@@ -61,7 +61,7 @@ def attend_jagged(
     Raises:
         NotImplementedError: what sequences of unequal length do not have; the message names all of it.
     """
-    refuse_jagged(module, (query, key, value), config, masks, need_weights)
+    refuse_jagged(module, (query, key, value), config, masks, need_weights=need_weights)
     rows = query.values()
     of_keys = rows if key is query else key.values()
     of_values = of_keys if value is key else value.values()
@@ -77,34 +77,51 @@ def attend_jagged(
     return as_jagged(F.linear(heads.flatten(1), module.out_proj.weight, module.out_proj.bias), query)
 
 
-def refuse_jagged(module: nn.MultiheadAttention, tensors, config: Config, masks, need_weights=False) -> None:
-    """Raise NotImplementedError, naming all of it, for what `attend_jagged` does not compute."""
-    refusals = list(_refusals(module, tensors, config, masks, need_weights))
+def refuse_jagged(
+    module: nn.MultiheadAttention,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    config: Config,
+    masks: tuple[Tensor | None, Tensor | None] = (None, None),
+    names: tuple[str, str, str] = ("query", "key", "value"),
+    *,
+    need_weights: bool = False,
+    hint: str = "is_causal",
+) -> None:
+    """Raise NotImplementedError, naming all of it, for what `attend_jagged` does not compute.
+
+    Args:
+        module, config, masks, need_weights: as there.
+        tensors: query, key and value.
+        names: what the caller calls them.
+        hint: and what its `is_causal`.
+    """
+    refusals = dict.fromkeys(_refusals(module, tensors, config, masks, names, need_weights, hint))
     if refusals:
         raise NotImplementedError(f"attention over jagged nested tensors: {'; '.join(refusals)}")
 
 
-def _refusals(module, tensors, config: Config, masks, need_weights: bool) -> Iterator[str]:
+def _refusals(module, tensors, config: Config, masks, names, need_weights: bool, hint: str) -> Iterator[str]:
     if not all(is_jagged(each) for each in tensors):
-        yield "query, key and value must all be jagged"
+        *first, last = dict.fromkeys(names)
+        yield f"{', '.join(first)} and {last} must all be jagged" if first else f"{last} must be jagged"
         return
     widths = module.embed_dim, module.kdim, module.vdim
-    for name, tensor, width in zip(("query", "key", "value"), tensors, widths, strict=True):
+    for name, tensor, width in zip(names, tensors, widths, strict=True):
         if tensor.dim() != 3 or tensor._ragged_idx != 1 or tensor.shape[2] != width:
             yield f"{name} must be (sequences, tokens of each, {width}), got {tuple(tensor.shape)}"
         elif tensor.lengths() is not None:
             yield f"{name} has gaps between its sequences, make it contiguous"
     query, key, value = (each.offsets() for each in tensors)
     if query.shape != key.shape:
-        yield f"{query.shape[0] - 1} sequences of queries and {key.shape[0] - 1} of keys"
+        yield f"{query.shape[0] - 1} sequences in {names[0]} and {key.shape[0] - 1} in {names[1]}"
     if key is not value and not torch.equal(key, value):
-        yield "key and value must have the same lengths"
+        yield f"{names[1]} and {names[2]} must have the same lengths"
     if not module.batch_first:
         yield "needs batch_first=True"
     if need_weights:
         yield "need_weights=True, needs need_weights=False"
     if any(mask is not None for mask in masks):
-        yield "masks, give what they hide by is_causal or a window, or pad the tensors"
+        yield f"masks, give what they hide by {hint} or a window, or pad the tensors"
     if module.bias_k is not None or module.add_zero_attn:
         yield "add_bias_kv or add_zero_attn"
     if module.training and module.dropout:
@@ -114,20 +131,28 @@ def _refusals(module, tensors, config: Config, masks, need_weights: bool) -> Ite
 
 
 def explain_jagged(
-    module: nn.MultiheadAttention, query: Tensor, config: Config
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: Config,
+    is_causal: bool = False,
 ) -> dict[str, tuple[Verdict, ...]]:
     """What each backend says of such a call with no masks or weights, for "forward" and "backward".
 
     Raises:
         NotImplementedError: as the call itself.
     """
-    refuse_jagged(module, (query, query, query), config, (None, None))
-    rows, dtype = query.values(), query.dtype
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-    heads = torch.empty(1, 1, 1, dtype=dtype, device=rows.device)
-    heads = heads.expand(rows.shape[0], module.num_heads, module.head_dim)
+    refuse_jagged(module, (query, key, value), config)
+    device, dtype = query.device, query.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    element = torch.empty(1, 1, 1, dtype=dtype, device=device)
+
+    def heads(tensor: Tensor) -> Tensor:
+        return element.expand(tensor.values().shape[0], module.num_heads, module.head_dim)
+
     left, right = config.window or (None, None)
-    settings = Settings(module.head_dim**-0.5, False, left, right)
-    call = describe(heads, heads, heads, query.offsets(), None, settings, False, True)
+    settings = Settings(module.head_dim**-0.5, is_causal, left, right)
+    call = describe(heads(query), heads(key), heads(value), query.offsets(), None, settings, False, True)
     return {"forward": VARLEN_FORWARD.explain(call), "backward": VARLEN_BACKWARD.explain(call)}

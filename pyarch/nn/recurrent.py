@@ -105,7 +105,7 @@ class _Call(NamedTuple):
 
 def _read(module: torch.nn.RNNBase, input, hx=None) -> _Call | None:
     """The call as the operator takes it, or None where torch's own forward answers it."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or not _is_well_typed(module):
         return None
     if isinstance(input, PackedSequence):
         return _read_packed(module, input, hx)
@@ -136,6 +136,11 @@ def _read_packed(module: torch.nn.RNNBase, input: PackedSequence, hx) -> _Call |
     if hx is not None and order is not None:
         states = tuple(state.index_select(1, order) for state in states)
     return _Call(rows, states, batch_sizes)
+
+
+def _is_well_typed(module: torch.nn.RNNBase) -> bool:
+    """Whether torch's operators take the layer's settings; its constructor takes others too."""
+    return type(module.bidirectional) is bool and type(module.num_layers) is int
 
 
 def _fits(module: torch.nn.RNNBase, rows: Tensor) -> bool:

@@ -14,8 +14,8 @@ module itself is called where somebody could notice: where it has hooks or anoth
 Nested tensors, which torch's TransformerEncoder makes of padded ones in evaluation, are computed as rows
 without padding, but for attention, which gets them padded; the result is nested again. Where torch takes none
 (in training, with gradients, beside masks) its own forward raises. So do all other calls that are not good
-ones, and what the kernels do not carry is computed there. Jagged nested tensors, which torch's layer takes
-nowhere, are computed as rows throughout, with gradients too.
+ones, and what the kernels do not carry is computed there. Jagged nested tensors, which torch's layers take
+nowhere, are computed as rows throughout, with gradients too; a decoder's memory has lengths of its own.
 
 Legend: N batch, L sequence, M memory, E width (d_model).
 """
@@ -81,6 +81,26 @@ class _TransformerDropIn(DropIn):
             return module(query, memory, memory, need_weights=False, **masks)[0]
         with running_on(backend_of(config)):
             return module(query, memory, memory, need_weights=False, **masks)[0]
+
+    def _attended_rows(
+        self,
+        module: nn.MultiheadAttention,
+        rows: Tensor,
+        like: Tensor,
+        memory: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """The same for rows (tokens, E) of the sequences of a jagged tensor; None: they attend to themselves.
+
+        There are no masks.
+        """
+        config = _attention_config(self, module)
+        query = as_jagged(rows, like)
+        key = query if memory is None else memory
+        if can_be_passed_by(module):
+            return over_jagged(module, query, key, key, config, is_causal=is_causal).values()
+        with running_on(backend_of(config)):
+            return module(query, key, key, need_weights=False, is_causal=is_causal)[0].values()
 
     def _may_overwrite(self, *attentions: nn.MultiheadAttention) -> bool:
         """Whether nobody can notice that sums and activations are computed in place."""
@@ -168,17 +188,10 @@ class TransformerEncoderLayer(_TransformerDropIn, nn.TransformerEncoderLayer):
         self, src: Tensor, masks: tuple[Tensor | None, Tensor | None], is_causal: bool
     ) -> Tensor:
         """The layer over a jagged nested tensor, all of it on rows without padding."""
-        module = self.self_attn
-        config = _attention_config(self, module)
-        refuse_jagged(module, (src, src, src), config, masks)
+        _refuse_jagged(self, self.self_attn, (src, src, src), masks, ("src",) * 3, "is_causal")
 
         def attended(rows: Tensor) -> Tensor:
-            x = as_jagged(rows, src)
-            if can_be_passed_by(module):
-                return over_jagged(module, x, x, x, config, masks=masks, is_causal=is_causal).values()
-            mask, padding = masks
-            with running_on(backend_of(config)):
-                return module(x, x, x, padding, False, mask, is_causal=is_causal)[0].values()
+            return self._attended_rows(self.self_attn, rows, src, None, is_causal)
 
         return as_jagged(self._steps(src.values(), attended), src)
 
@@ -209,7 +222,9 @@ class TransformerEncoderLayer(_TransformerDropIn, nn.TransformerEncoderLayer):
     ) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of the attention of a call, for "forward" and "backward"."""
         if is_jagged(src):
-            return explain_jagged(self.self_attn, src, _attention_config(self, self.self_attn))
+            return explain_jagged(
+                self.self_attn, src, src, src, _attention_config(self, self.self_attn), is_causal
+            )
         ragged = _read_ragged(self, src, src_mask, src_key_padding_mask)
         if ragged is not None:
             like, call = src.values(), ragged.call
@@ -266,6 +281,9 @@ class TransformerDecoderLayer(_TransformerDropIn, nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        if is_jagged(tgt) or is_jagged(memory):
+            masks = (tgt_mask, tgt_key_padding_mask), (memory_mask, memory_key_padding_mask)
+            return self._over_jagged(tgt, memory, masks, tgt_is_causal, memory_is_causal)
         to_itself = _read_self(self, tgt, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         to_memory = _read_memory(self, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
         if to_itself is None or to_memory is None:
@@ -280,20 +298,47 @@ class TransformerDecoderLayer(_TransformerDropIn, nn.TransformerDecoderLayer):
         def attended(x: Tensor) -> Tensor:
             masks = tgt_key_padding_mask, tgt_mask
             _warn_if_passed_by(self.self_attn, *masks)
-            return self.dropout1(self._attended(self.self_attn, x, x, to_itself, *masks, tgt_is_causal))
+            return self._attended(self.self_attn, x, x, to_itself, *masks, tgt_is_causal)
 
         def attended_memory(x: Tensor) -> Tensor:
             module, masks = self.multihead_attn, (memory_key_padding_mask, memory_mask)
             _warn_if_passed_by(module, *masks)
-            return self.dropout2(self._attended(module, x, memory, to_memory, *masks, memory_is_causal))
+            return self._attended(module, x, memory, to_memory, *masks, memory_is_causal)
 
-        x, overwrite = tgt, self._may_overwrite(self.self_attn, self.multihead_attn)
+        return self._steps(tgt, attended, attended_memory)
+
+    def _over_jagged(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        masks: tuple[tuple[Tensor | None, Tensor | None], ...],
+        tgt_is_causal: bool,
+        memory_is_causal: bool,
+    ) -> Tensor:
+        """The layer over jagged nested tensors of as many sequences, all of it on rows without padding."""
+        of_memory = tgt, memory, memory
+        named = ("tgt",) * 3, ("tgt", "memory", "memory")
+        _refuse_jagged(self, self.multihead_attn, of_memory, masks[1], named[1], "memory_is_causal")
+        _refuse_jagged(self, self.self_attn, (tgt, tgt, tgt), masks[0], named[0], "tgt_is_causal")
+
+        def attended(rows: Tensor) -> Tensor:
+            return self._attended_rows(self.self_attn, rows, tgt, None, tgt_is_causal)
+
+        def attended_memory(rows: Tensor) -> Tensor:
+            return self._attended_rows(self.multihead_attn, rows, tgt, memory, memory_is_causal)
+
+        return as_jagged(self._steps(tgt.values(), attended, attended_memory), tgt)
+
+    def _steps(
+        self, x: Tensor, attended: Callable[[Tensor], Tensor], attended_memory: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        overwrite = self._may_overwrite(self.self_attn, self.multihead_attn)
         if self.norm_first:
-            x = _sum(x, attended(self.norm1(x)), overwrite)
-            x = _sum(x, attended_memory(self.norm2(x)), overwrite)
+            x = _sum(x, self.dropout1(attended(self.norm1(x))), overwrite)
+            x = _sum(x, self.dropout2(attended_memory(self.norm2(x))), overwrite)
             return _sum(x, self._fed_forward(self.norm3(x), overwrite), overwrite)
-        x = self.norm1(_sum(x, attended(x), overwrite))
-        x = self.norm2(_sum(x, attended_memory(x), overwrite))
+        x = self.norm1(_sum(x, self.dropout1(attended(x)), overwrite))
+        x = self.norm2(_sum(x, self.dropout2(attended_memory(x)), overwrite))
         return self.norm3(_sum(x, self._fed_forward(x, overwrite), overwrite))
 
     def explain(
@@ -312,14 +357,22 @@ class TransformerDecoderLayer(_TransformerDropIn, nn.TransformerDecoderLayer):
         "forward" and "backward" are of the sequence to itself, "forward, memory" and "backward, memory" of
         the sequence to the memory.
         """
+        module, of_itself = self.multihead_attn, _attention_config(self, self.self_attn)
+        of_memory = _attention_config(self, module)
+        if is_jagged(tgt) or is_jagged(memory):
+            itself = explain_jagged(self.self_attn, tgt, tgt, tgt, of_itself, tgt_is_causal)
+            beside = explain_jagged(module, tgt, memory, memory, of_memory, memory_is_causal)
+            return itself | _of_memory(beside)
         to_itself = _read_self(self, tgt, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         to_memory = _read_memory(self, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
         if to_itself is None or to_memory is None:
             return left_to_torch(described(tgt))
-        itself = explain_attend(self.self_attn, tgt, to_itself, _attention_config(self, self.self_attn))
-        module = self.multihead_attn
-        of_memory = explain_attend(module, tgt, to_memory, _attention_config(self, module))
-        return itself | {f"{operation}, memory": verdicts for operation, verdicts in of_memory.items()}
+        itself = explain_attend(self.self_attn, tgt, to_itself, of_itself)
+        return itself | _of_memory(explain_attend(module, tgt, to_memory, of_memory))
+
+
+def _of_memory(verdicts: dict[str, tuple[Verdict, ...]]) -> dict[str, tuple[Verdict, ...]]:
+    return {f"{operation}, memory": each for operation, each in verdicts.items()}
 
 
 # -------------------------------------------------------------------------------- reading a call
@@ -334,6 +387,17 @@ def _attention_config(layer: nn.Module, module: nn.MultiheadAttention) -> Config
     if own is not DEFAULT:
         return own
     return config if module is layer.self_attn or config is DEFAULT else Config(backend=config.backend)
+
+
+def _refuse_jagged(layer: nn.Module, module: nn.MultiheadAttention, tensors, masks, names, hint) -> None:
+    """Raise NotImplementedError for what one of a layer's attentions does not compute of jagged tensors."""
+    config = _attention_config(layer, module)
+    refuse_jagged(module, tensors, config, masks, names, hint=hint)
+    if not can_be_passed_by(module) and config.window != config_of(module).window:
+        raise NotImplementedError(
+            "attention over jagged nested tensors: the window of a layer whose attention is called by itself "
+            "for hooks or another forward, and does not know it; give the attention's name the window too"
+        )
 
 
 class _Ragged(NamedTuple):

@@ -370,6 +370,9 @@ def _pairs_when_valid(
     if not _shapes_agree(input_shape, weight_shape, bias_shape, groups):
         return None
     kernel = weight_shape[2:]
+    sizes = (*stride, *dilation, *(() if isinstance(padding, str) else padding))
+    if any(type(each) not in (int, torch.SymInt) for each in sizes):
+        return None
     if isinstance(padding, str):
         if padding not in ("valid", "same") or (padding == "same" and any(s != 1 for s in stride)):
             return None
@@ -378,7 +381,7 @@ def _pairs_when_valid(
     if not len(stride) == len(dilation) == len(kernel) or padding_mode not in PADDING_MODES:
         return None
     pairs = padding_pairs(padding, kernel, dilation)
-    fits = float not in map(type, (*stride, *dilation, *pairs)) and all(
+    fits = all(
         s > 0
         and d > 0
         and _pads(size, max(before, after), padding_mode)
