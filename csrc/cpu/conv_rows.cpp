@@ -312,7 +312,8 @@ void input_gradient(const ConvShape& shape, const InputPlan& plan, const InputPa
 
 template <class T>
 void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const ParallelFor& parallel) {
-  if (forward_reads_rows_in_place(shape)) return forward_rows_in_place(shape, args, parallel);
+  if (reads_rows_in_place(shape)) return forward_rows_in_place(shape, args, parallel);
+  if (turns_rows(shape)) return forward_turned(shape, args, parallel);
   int64_t parts_of[3];
   choose_parts(shape, 1, parts_of);
   const OutputPlan plan(shape, parts_of);
@@ -346,7 +347,8 @@ void conv_forward_rows(const ConvShape& shape, const ForwardArgs<T>& args, const
 
 template <class T>
 void conv_backward_rows(const ConvShape& shape, const BackwardArgs<T>& args, const ParallelFor& parallel) {
-  if (backward_reads_rows_in_place(shape)) return backward_rows_in_place(shape, args, parallel);
+  if (reads_rows_in_place(shape)) return backward_rows_in_place(shape, args, parallel);
+  if (turns_rows(shape)) return backward_turned(shape, args, parallel);
   int64_t parts_of[3] = {1, 1, 1};
   if (shape.mode == PaddingMode::zeros) choose_parts(shape, 2 + shape.multiplier, parts_of);
   const OutputPlan plan(shape, parts_of);

@@ -12,7 +12,7 @@
 namespace pyarch {
 namespace {
 
-constexpr int64_t MOST_TAPS = LARGEST_CORRELATED * LARGEST_CORRELATED;
+constexpr int64_t MOST_TAPS = LARGEST_KERNEL * LARGEST_KERNEL;
 // Bands: their targets and sources stay in a first-level cache, their ends, shared with neighbours, are a small part.
 constexpr int64_t BAND_BYTES = 16 * 1024, LEAST_ROWS = 14, LEAST_COLUMNS = 512;
 constexpr int64_t TASKS = 32;  // enough for threads to share
@@ -232,24 +232,21 @@ bool is_line(const ConvShape& shape) {
   return is_flat(shape, 1) && has_line_kernel(shape.kernel[2]) && shape.stride[2] == 1;
 }
 
-bool is_small_plane(const ConvShape& shape, int largest) {
+bool is_small_plane(const ConvShape& shape) {
   const auto both = [](const int64_t (&each)[3], int64_t value) {
     return each[1] == value && each[2] == value;
   };
   if (both(shape.stride, 2)) return both(shape.kernel, 3) && both(shape.dilation, 1);
   const bool known = both(shape.kernel, 3) || both(shape.kernel, 5) || both(shape.kernel, 7);
-  return both(shape.stride, 1) && known && shape.kernel[2] <= largest;
-}
-
-bool reads_in_place(const ConvShape& shape, int largest) {
-  return shape.mode == PaddingMode::zeros && shape.multiplier == 1 && is_flat(shape, 0) &&
-         (is_line(shape) || is_small_plane(shape, largest));
+  return both(shape.stride, 1) && known;
 }
 
 }  // namespace
 
-bool forward_reads_rows_in_place(const ConvShape& shape) { return reads_in_place(shape, LARGEST_CORRELATED); }
-bool backward_reads_rows_in_place(const ConvShape& shape) { return reads_in_place(shape, LARGEST_REDUCED); }
+bool reads_rows_in_place(const ConvShape& shape) {
+  return shape.mode == PaddingMode::zeros && shape.multiplier == 1 && is_flat(shape, 0) &&
+         (is_line(shape) || is_small_plane(shape));
+}
 
 template <class T>
 void forward_rows_in_place(const ConvShape& shape, const ForwardArgs<T>& args, const ParallelFor& parallel) {

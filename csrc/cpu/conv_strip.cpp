@@ -14,7 +14,8 @@ constexpr int64_t load_offset(int load, int stride, int64_t tap_step) {
   return stride == 1 ? load * tap_step : load / 2 * 2 + load % 2 * LANES;
 }
 
-template <int K, int S, bool INSIDE, class T>
+// Taps [FIRST, FIRST + K) of a row; all of them where the stride splits vectors.
+template <int FIRST, int K, int S, bool INSIDE, class T>
 ALWAYS_INLINE void load_taps(const T* row, int64_t tap_step, const Strip& strip, Vec (&taps)[K]) {
   const auto loaded = [&](auto i) INLINED {
     const T* const place = row + load_offset(i, S, tap_step);
@@ -25,7 +26,7 @@ ALWAYS_INLINE void load_taps(const T* row, int64_t tap_step, const Strip& strip,
   };
   unrolled<K>([&](auto k) INLINED {
     if constexpr (S == 1) {
-      taps[k] = loaded(k);
+      taps[k] = loaded(std::integral_constant<int, FIRST + k>{});
       IN_REGISTER(taps[k]);
     } else if constexpr (k % 2 == 0) {
       const Vec low = loaded(k), high = loaded(std::integral_constant<int, k + 1>{});
@@ -77,7 +78,7 @@ __attribute__((noinline)) void correlate_strip(const Walk& walk, const Strip& st
     if (!checked || (row >= walk.real.begin && row < walk.real.end)) {
       __builtin_prefetch(source + walk.fetch_source);
       Vec taps[K];
-      load_taps<K, S, INSIDE>(source, walk.tap_step, strip, taps);
+      load_taps<0, K, S, INSIDE>(source, walk.tap_step, strip, taps);
       unrolled<K * K>([&](auto i) INLINED {
         constexpr int to = slot(phase, i % K, K, S);
         if constexpr (to >= 0) sums[to] = fma(held[i % K][i / K], taps[i / K], sums[to]);
@@ -98,12 +99,13 @@ __attribute__((noinline)) void correlate_strip(const Walk& walk, const Strip& st
   });
 }
 
-// A strip's sums start at zero: adding strip by strip keeps float32's error near the square root of a running sum's.
-template <int K, int S, bool INSIDE, class T>
+// Columns [FIRST, FIRST + COUNT) of the taps. A strip's sums start at zero: adding strip by strip keeps float32's error
+// near the square root of a running sum's.
+template <int K, int S, int FIRST, int COUNT, bool INSIDE, class T>
 __attribute__((noinline)) void reduce_strip(const Walk& walk, const Strip& strip, const T* source,
                                             const T* grad_out, float* to) {
-  Vec sums[K][K], grads[live(K, S)], total = zero();
-  unrolled<K * K>([&](auto i) { sums[i / K][i % K] = zero(); });
+  Vec sums[K][COUNT], grads[live(K, S)], total = zero();
+  unrolled<K * COUNT>([&](auto i) { sums[i / COUNT][i % COUNT] = zero(); });
   unrolled<live(K, S)>([&](auto i) { grads[i] = zero(); });
   walk_rows<K, S>(walk, [&](auto phase, int64_t row, auto checked) INLINED {
     if constexpr (phase % S == 0) {
@@ -115,37 +117,40 @@ __attribute__((noinline)) void reduce_strip(const Walk& walk, const Strip& strip
           grad = load(grad_out, strip.lanes);
         IN_REGISTER(grad);
         grads[slot(phase, 0, K, S)] = grad;
-        total = add(total, grad);
+        if constexpr (FIRST == 0) total = add(total, grad);
         grad_out += walk.target_step;
       }
     }
     if (!checked || (row >= walk.real.begin && row < walk.real.end)) {
-      __builtin_prefetch(source + walk.fetch_source);
-      Vec taps[K];
-      load_taps<K, S, INSIDE>(source, walk.tap_step, strip, taps);
+      if constexpr (FIRST == 0) __builtin_prefetch(source + walk.fetch_source);
+      Vec taps[COUNT];
+      load_taps<FIRST, COUNT, S, INSIDE>(source, walk.tap_step, strip, taps);
       unrolled<K>([&](auto kh) INLINED {
         constexpr int from = slot(phase, kh, K, S);
         if constexpr (from >= 0) {
           if (!checked || (row >= kh && row - kh <= (walk.targets - 1) * S))
-            unrolled<K>([&](auto kw) { sums[kh][kw] = fma(grads[from], taps[kw], sums[kh][kw]); });
+            unrolled<COUNT>([&](auto kw) { sums[kh][kw] = fma(grads[from], taps[kw], sums[kh][kw]); });
         }
       });
     }
     source += walk.source_step;
   });
-  unrolled<K * K>([&](auto i) { store(to + i * LANES, add(load(to + i * LANES), sums[i / K][i % K])); });
-  store(to + K * K * LANES, add(load(to + K * K * LANES), total));
+  unrolled<K * COUNT>([&](auto i) {
+    float* const sum = to + (i / COUNT * K + FIRST + i % COUNT) * LANES;
+    store(sum, add(load(sum), sums[i / COUNT][i % COUNT]));
+  });
+  if constexpr (FIRST == 0) store(to + K * K * LANES, add(load(to + K * K * LANES), total));
 }
 
 // Calls visit(taps, stride) with both as constants.
-template <int LARGEST, class Visit>
+template <class Visit>
 void with_kernel(int taps, int stride, Visit&& visit) {
   constexpr std::integral_constant<int, 3> three;
   if (stride == 2) return visit(three, std::integral_constant<int, 2>{});
   constexpr std::integral_constant<int, 1> every;
   if (taps == 3) return visit(three, every);
   if (taps == 5) return visit(std::integral_constant<int, 5>{}, every);
-  if constexpr (LARGEST >= 7) visit(std::integral_constant<int, 7>{}, every);
+  visit(std::integral_constant<int, 7>{}, every);
 }
 
 }  // namespace
@@ -175,7 +180,7 @@ std::vector<Strip> StripPlan::strips(int64_t targets, bool exact) const {
 template <class T>
 void correlate_strips(int taps, int stride, const Walk& walk, const std::vector<Strip>& strips,
                       const T* source, const float* weights, float bias, T* out) {
-  with_kernel<LARGEST_CORRELATED>(taps, stride, [&](auto K, auto S) {
+  with_kernel(taps, stride, [&](auto K, auto S) {
     for (const Strip& strip : strips)
       (strip.inside ? correlate_strip<K, S, true, T>
                     : correlate_strip<K, S, false, T>)(walk, strip, source + strip.column * S, weights, bias,
@@ -186,11 +191,24 @@ void correlate_strips(int taps, int stride, const Walk& walk, const std::vector<
 template <class T>
 void reduce_strips(int taps, int stride, const Walk& walk, const std::vector<Strip>& strips, const T* source,
                    const T* grad_out, float* sums) {
-  with_kernel<LARGEST_REDUCED>(taps, stride, [&](auto K, auto S) {
-    for (const Strip& strip : strips)
-      (strip.inside ? reduce_strip<K, S, true, T>
-                    : reduce_strip<K, S, false, T>)(walk, strip, source + strip.column * S,
-                                                    grad_out + strip.column, sums);
+  with_kernel(taps, stride, [&](auto K, auto S) {
+    for (const Strip& strip : strips) {
+      const auto columns = [&](auto first, auto count) {
+        (strip.inside ? reduce_strip<K, S, first, count, true, T>
+                      : reduce_strip<K, S, first, count, false, T>)(walk, strip, source + strip.column * S,
+                                                                    grad_out + strip.column, sums);
+      };
+      constexpr std::integral_constant<int, 0> from_first;
+      if constexpr (K < 7) {
+        columns(from_first, K);
+      } else {
+        // The sums of all taps would leave the registers.
+        constexpr std::integral_constant<int, 2> two;
+        columns(from_first, std::integral_constant<int, 3>{});
+        columns(std::integral_constant<int, 3>{}, two);
+        columns(std::integral_constant<int, 5>{}, two);
+      }
+    }
   });
 }
 

@@ -82,8 +82,7 @@ struct StripPlan {
 
 // Square kernels: 3x3 of stride 1 or 2, 5x5 and 7x7 of stride 1. `source` and `out` are those of the plane's first column
 // and the walk's first row; `sums` has LANES floats a tap and LANES of grad_out's own sum.
-constexpr int LARGEST_CORRELATED = 7;
-constexpr int LARGEST_REDUCED = 5;  // beyond, the sums of all taps leave the registers
+constexpr int LARGEST_KERNEL = 7;
 template <class T>
 void correlate_strips(int taps, int stride, const Walk& walk, const std::vector<Strip>& strips,
                       const T* source, const float* weights, float bias, T* out);
