@@ -36,7 +36,7 @@ class BackwardPass {
         args_(args),
         threads_(threads),
         steps_(shape),
-        plan_(plan_shards(shape, steps_, threads)) {}
+        plan_(plan_shards(shape, steps_, threads, IN_TILES<operand_of<T>>)) {}
 
   void run(const GiveScratch& give, const ParallelFor& parallel) {
     lay_out(give(lay_out(nullptr)));
