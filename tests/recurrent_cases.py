@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyarch import hardware, native
+from pyarch import hardware
 from pyarch.ops import recurrent
 from pyarch.ops.recurrent_torch import run_stock
 from pyarch.reference import recurrent as reference
