@@ -36,7 +36,7 @@ LIBRARIES = {
 }
 # What a library holds whose instruction set adds something to a few sources only; pyarch/native.py knows who
 # serves the rest. The others hold all.
-ADDS = {"_cpu_amx": ("attention*.cpp", "gemm_pack.cpp")}
+ADDS = {"_cpu_amx": ("attention*.cpp", "gemm*.cpp", "recurrent*.cpp", "tile_registers.cpp")}
 # Hidden, symbolic, not unique: no inline function of one instruction set may serve another's library.
 COMPILE_FLAGS = "-O3 -g0 -std=c++20 -fno-math-errno -fno-wrapv -fvisibility=hidden -fno-gnu-unique"
 # GCC 12 warns thousands of times of the deliberately undefined vectors in its own headers.

@@ -269,7 +269,7 @@ class Kernels:
         return output, *self.backward(case, grad, input, weight, (True, True, bias is not None))
 
 
-# Each with kernels of its own: what adds to another for attention alone would run those twice.
+# Each with kernels of its own: what adds no convolution to another would run those twice.
 NATIVE = [Kernels("cpu", name) for name in hardware.CPU_INSTRUCTION_SETS if name not in native.ADDS_TO]
 EVERY_KERNELS = [*NATIVE, Kernels("torch"), Kernels("reference")]
 every_kernels = pytest.mark.parametrize("backend", EVERY_KERNELS, ids=str)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyarch import hardware, native
+from pyarch import hardware
 from pyarch.ops import recurrent
 from pyarch.ops.recurrent_torch import run_stock
 from pyarch.reference import recurrent as reference
@@ -255,8 +255,7 @@ class Layers(Kernels):
         return dict(zip((*OUTPUTS, *RESIDUALS), results, strict=True)) | gradients
 
 
-# Each with kernels of its own: what adds to another for attention alone would run those twice.
-NATIVE = [Layers("cpu", name) for name in hardware.CPU_INSTRUCTION_SETS if name not in native.ADDS_TO]
+NATIVE = [Layers("cpu", name) for name in hardware.CPU_INSTRUCTION_SETS]
 EVERY_LAYERS = [*NATIVE, Layers("torch"), Layers("reference")]
 every_layers = pytest.mark.parametrize("backend", EVERY_LAYERS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

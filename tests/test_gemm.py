@@ -7,9 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyarch import native
+from pyarch import hardware, native
 from tests.compare import check
-from tests.conv_cases import NATIVE
 
 OPERATOR = "matmul"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,17 +45,12 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-@pytest.fixture(params=NATIVE, ids=str)
-def backend(request):
-    return request.param
-
-
-@pytest.fixture
-def matmul(backend):
+@pytest.fixture(params=hardware.CPU_INSTRUCTION_SETS)
+def matmul(request):
     """The operator of one instruction set, or a skip with what is missing."""
-    if (problem := native.load(backend.instruction_set)) is not None:
+    if (problem := native.load(request.param)) is not None:
         pytest.skip(problem)
-    return native.operators(backend.instruction_set).matmul
+    return native.operators(request.param).matmul
 
 
 def whole_numbers(dtype):

@@ -11,16 +11,9 @@
 
 #include "gemm_tile.h"
 #include "integers.h"
+#include "tile_registers.h"
 
 namespace pyarch {
-
-#if defined(__AMX_BF16__)
-template <class T>
-constexpr bool IN_TILES = std::is_same_v<T, bfloat16>;
-#else
-template <class T>
-constexpr bool IN_TILES = false;
-#endif
 
 // Rows of a strip.
 template <class T>
@@ -82,17 +75,6 @@ struct UprightTile {
   int64_t pitch;
 };
 void multiply_sums_upright(const UprightTile& tile);
-
-// Asks the operating system for them, for the whole process; without its yes the first use ends the process.
-bool permit_tile_registers();
-
-// While it lives, the thread's tile registers are set up.
-class TileRegisters {
- public:
-  TileRegisters();
-  ~TileRegisters();
-  TileRegisters(const TileRegisters&) = delete;
-};
 
 #endif
 

@@ -1,19 +1,12 @@
 // The micro-kernels in tile registers; see attention_tile.h.
 #if defined(__AMX_BF16__)
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "attention_tile.h"
 
 namespace pyarch {
 namespace {
 
-constexpr int64_t TILE_STEPS = 16, TILE_BYTES_A_ROW = 64;
 constexpr int64_t PANEL_BYTES = PANEL * sizeof(float);
-
-// The compiler does not know that tile instructions read and write memory.
-inline void memory_is_touched() { asm volatile("" ::: "memory"); }
 
 // Registers 0 and 1 sum left * right for a panel's two halves.
 ALWAYS_INLINE void multiply_panel(const float* left, int64_t left_bytes, const float* right,
@@ -70,28 +63,6 @@ void multiply_sums_upright(const UprightTile& tile) {
   multiply_into(tile.left, tile.left_pitch * int64_t(sizeof(float)), tile.right, KEY_PITCH * sizeof(float),
                 tile.steps, tile.sums, tile.pitch, false);
 }
-
-bool permit_tile_registers() {
-  constexpr long REQUEST_PERMISSION = 0x1023,
-                 TILE_DATA = 18;  // of Linux's asm/prctl.h and of the XCR0 register
-  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-
-TileRegisters::TileRegisters() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_a_row[16] = {};
-    uint8_t rows[16] = {};
-  } settings;
-  for (int tile = 0; tile < 8; ++tile) {
-    settings.bytes_a_row[tile] = TILE_BYTES_A_ROW;
-    settings.rows[tile] = TILE_STEPS;
-  }
-  memory_is_touched();
-  _tile_loadconfig(&settings);
-}
-
-TileRegisters::~TileRegisters() { _tile_release(); }
 
 }  // namespace pyarch
 

@@ -2,12 +2,14 @@
 //
 // An operand is cut along m or n into groups of LANES lanes, and along k into steps of 32 bits: one float32, or two
 // neighbouring bfloat16 where the instruction set multiplies them in pairs. Packed, a group is one vector a step,
-// at a pitch, so that several groups can stand side by side. Elements beyond k are zero.
+// at a pitch, so that several groups can stand side by side. Elements beyond k are zero. In tile registers the left
+// operand is squares instead: 16 rows of 16 steps, one after another.
 #pragma once
 
 #include <type_traits>
 
 #include "gemm.h"
+#include "tile_registers.h"
 
 namespace pyarch {
 
@@ -66,5 +68,13 @@ struct LaneGroup {
 // Writes one vector a step, `pitch` floats apart. Lanes that the operand has not get anything.
 template <class T>
 void pack(const LaneGroup<T>& group, float* packed, int64_t pitch);
+
+#if defined(__AMX_BF16__)
+
+// The same as squares, `pitch` floats apart, whose steps beyond the elements are zero.
+constexpr int64_t SQUARE = MOST_TILE_ROWS * TILE_STEPS;
+void pack_squares(const LaneGroup<bfloat16>& group, float* packed, int64_t pitch);
+
+#endif
 
 }  // namespace pyarch

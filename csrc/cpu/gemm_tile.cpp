@@ -116,7 +116,7 @@ void multiply_tile(int64_t rows, const Tile<Out>& tile) {
 template void multiply_tile<Single>(int64_t, const Tile<float>&);
 template void multiply_tile<Single>(int64_t, const Tile<bfloat16>&);
 template void multiply_tile<Single>(int64_t, const Tile<float16>&);
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template void multiply_tile<Pair>(int64_t, const Tile<float>&);
 template void multiply_tile<Pair>(int64_t, const Tile<bfloat16>&);
 #endif

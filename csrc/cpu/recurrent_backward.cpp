@@ -36,7 +36,7 @@ class BackwardPass {
         args_(args),
         threads_(threads),
         steps_(shape),
-        plan_(plan_shards(shape, steps_, threads)) {}
+        plan_(plan_shards(shape, steps_, threads, IN_TILES<operand_of<T>>)) {}
 
   void run(const GiveScratch& give, const ParallelFor& parallel) {
     lay_out(give(lay_out(nullptr)));
@@ -98,12 +98,13 @@ class BackwardPass {
     const int64_t B = shape_.batch, H = shape_.hidden, P = shape_.projected, I = shape_.input_size;
     chunk_steps_ = std::clamp<int64_t>(ceil_div(chunk_rows(H), std::max<int64_t>(1, B)), 1, shape_.steps);
     const int64_t N = std::min(shape_.rows, chunk_steps_ * B), GH = gate_units();
+    const int64_t rows = B + SPARE_ROWS<Cell>;
     depth_ = Packed<Cell>::padded_depth(gate_units());
-    width_ = panel_width(plan_.most_rows, product_units(plan_.shards[0]));
+    width_ = panel_width<Cell>(plan_.most_rows, product_units(plan_.shards[0]));
     projected_depth_ = Packed<Cell>::padded_depth(P);
     for (int64_t d = 0; d < shape_.directions; ++d) {
       Direction& direction = directions_[d];
-      for (Cell*& gates : direction.gates) gates = arena.take<Cell>(B * depth_);
+      for (Cell*& gates : direction.gates) gates = arena.take<Cell>(rows * depth_);
       direction.carry_c = arena.take<float>(B * H);
       direction.c0 = arena.take<float>(B * H);
       direction.grad_gates = arena.take<T>(N * saved_units());
@@ -116,7 +117,7 @@ class BackwardPass {
       }
       if (shape_.has_projection) {
         direction.grad_hidden = arena.take<T>(N * P);
-        direction.grad_hidden_cells = arena.take<Cell>(B * projected_depth_);
+        direction.grad_hidden_cells = arena.take<Cell>(rows * projected_depth_);
         direction.unprojected = arena.take<T>(N * H);
         direction.grad_unprojected = arena.take<float>(B * unprojected_columns());
         direction.w_hr = arena.take<Cell>(projected_depth_ * unprojected_columns());
@@ -232,6 +233,7 @@ class BackwardPass {
   void take_steps_of(int64_t from, int64_t to, const ParallelFor& parallel) {
     Team team(int64_t(plan_.shards.size()));
     const auto body = [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] const TileRegistersFor<Cell> registers(tile_rows(plan_.most_rows));
       for (int64_t index = from; index < to; ++index) {
         for (int64_t s = begin; s < end; ++s) {
           find_gate_gradients<MODE>(s, index, rows_of(plan_.shards[s].direction, from, to));
@@ -330,8 +332,10 @@ class BackwardPass {
       });
     float* sums = direction.grad_unprojected + shard.row_begin * columns_h;
     std::fill_n(sums, alive * columns_h, 0.0f);
-    multiply<Cell>(alive, {cells, projected_depth_, sums, columns_h, sums, columns_h},
-                   {direction.w_hr, projected_depth_ / PER_CELL<Cell>, columns_h, width_}, index);
+    multiply<Cell>(
+        alive, {cells, projected_depth_, sums, columns_h, sums, columns_h},
+        {direction.w_hr, projected_depth_ / PER_CELL<Cell>, columns_h, width_, tile_rows(plan_.most_rows)},
+        index);
   }
 
   void save_unprojected(const BackwardRow<T>& row, T* to) {
@@ -351,8 +355,10 @@ class BackwardPass {
                                        gate_units(), first_gate() * shape_.hidden, shard.units(), true,
                                        carry_h_[s], stride);
     const Cell* gates = directions_[d].gates[index % 2] + shard.row_begin * depth_;
-    multiply<Cell>(alive, {gates, depth_, carry_h_[s], stride, carry_h_[s], stride},
-                   {weights_[shared(shard)], depth_ / PER_CELL<Cell>, stride, width_}, index);
+    multiply<Cell>(
+        alive, {gates, depth_, carry_h_[s], stride, carry_h_[s], stride},
+        {weights_[shared(shard)], depth_ / PER_CELL<Cell>, stride, width_, tile_rows(plan_.most_rows)},
+        index);
   }
 
   const T* unpacked_gates(int64_t s, int64_t index, const Rows& chunk) const {

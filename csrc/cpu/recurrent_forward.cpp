@@ -21,7 +21,7 @@ class ForwardPass {
         args_(args),
         threads_(threads),
         steps_(shape),
-        plan_(plan_shards(shape, steps_, threads)) {}
+        plan_(plan_shards(shape, steps_, threads, IN_TILES<operand_of<T>>)) {}
 
   void run(const GiveScratch& give, const ParallelFor& parallel) {
     lay_out(give(lay_out(nullptr)));
@@ -51,9 +51,9 @@ class ForwardPass {
   // Points into the scratch; without one only says how many bytes that takes.
   int64_t lay_out(void* scratch) {
     Arena arena(scratch);
-    const int64_t B = shape_.batch, H = shape_.hidden, GH = shape_.gates() * H;
+    const int64_t B = shape_.batch, H = shape_.hidden, GH = shape_.gates() * H, rows = B + SPARE_ROWS<Cell>;
     depth_ = Packed<Cell>::padded_depth(shape_.projected);
-    width_ = panel_width(plan_.most_rows, shape_.gates() * plan_.shards[0].gate_stride());
+    width_ = panel_width<Cell>(plan_.most_rows, shape_.gates() * plan_.shards[0].gate_stride());
     in_place_ = std::is_same_v<T, float> && (shape_.saved() == 1 || args_.gates);
     const int64_t floats = std::clamp(shape_.rows * GH / 8, LEAST_CHUNK_FLOATS, MOST_CHUNK_FLOATS);
     chunk_steps_ = std::clamp<int64_t>(floats / std::max<int64_t>(1, GH * B), 1, shape_.steps);
@@ -61,11 +61,11 @@ class ForwardPass {
       Direction& direction = directions_[d];
       direction.bias_ih = arena.take<float>(GH);
       direction.input_side = in_place_ ? nullptr : arena.take<float>(chunk_steps_ * B * GH);
-      for (Cell*& h : direction.h) h = arena.take<Cell>(B * depth_);
+      for (Cell*& h : direction.h) h = arena.take<Cell>(rows * depth_);
       direction.carry = arena.take<float>(B * H);
       if (shape_.has_projection) {
         direction.unprojected = arena.take<T>(B * H);
-        direction.unprojected_cells = arena.take<Cell>(B * Packed<Cell>::padded_depth(H));
+        direction.unprojected_cells = arena.take<Cell>(rows * Packed<Cell>::padded_depth(H));
         direction.projected = arena.take<float>(B * projected_columns());
         direction.w_hr = arena.take<Cell>(Packed<Cell>::padded_depth(H) * projected_columns());
       }
@@ -211,6 +211,7 @@ class ForwardPass {
   void take_steps_of(int64_t from, int64_t to, const ParallelFor& parallel) {
     Team team(int64_t(plan_.shards.size()));
     const auto body = [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] const TileRegistersFor<Cell> registers(tile_rows(plan_.most_rows));
       for (int64_t index = from; index < to; ++index) {
         for (int64_t s = begin; s < end; ++s) {
           take_step<MODE>(s, index, input_side(plan_.shards[s].direction, from, to));
@@ -261,8 +262,10 @@ class ForwardPass {
     const Cell* h = directions_[d].h[index % 2] + shard.row_begin * depth_;
     const float* bias = bias_[shared(shard)];
     if (plan_.packs)
-      return multiply<Cell>(alive, {h, depth_, bias, 0, hidden_side_[s], c_stride},
-                            {weights_[shared(shard)], depth_ / PER_CELL<Cell>, c_stride, width_}, index);
+      return multiply<Cell>(
+          alive, {h, depth_, bias, 0, hidden_side_[s], c_stride},
+          {weights_[shared(shard)], depth_ / PER_CELL<Cell>, c_stride, width_, tile_rows(plan_.most_rows)},
+          index);
     const RecurrentWeights<T>& weights = args_.weights[d];
     const int64_t H = shape_.hidden, P = shape_.projected, I = shape_.input_size;
     for (int64_t gate = 0; gate < shape_.gates(); ++gate) {
@@ -280,10 +283,11 @@ class ForwardPass {
     const Direction& direction = directions_[d];
     float* sums = direction.projected + shard.row_begin * projected_columns();
     std::fill_n(sums, alive * projected_columns(), 0.0f);
-    multiply<Cell>(alive,
-                   {direction.unprojected_cells + shard.row_begin * H, H, sums, projected_columns(), sums,
-                    projected_columns()},
-                   {direction.w_hr, H / PER_CELL<Cell>, projected_columns(), width_}, index);
+    multiply<Cell>(
+        alive,
+        {direction.unprojected_cells + shard.row_begin * H, H, sums, projected_columns(), sums,
+         projected_columns()},
+        {direction.w_hr, H / PER_CELL<Cell>, projected_columns(), width_, tile_rows(plan_.most_rows)}, index);
     for (int64_t r = 0; r < alive; ++r) {
       T* output = args_.output + (first + r) * shape_.directions * P + d * P;
       Cell* next = direction.h[(index + 1) % 2] + (shard.row_begin + r) * depth_;

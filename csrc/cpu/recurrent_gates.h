@@ -69,11 +69,11 @@ ALWAYS_INLINE void step_forward(const ForwardRow<T>& row, int64_t count) {
     const auto save = [&](int gate, Vec value) { store(row.gates + gate * row.units + u, value, mask); };
     Vec hidden;
     if constexpr (MODE == Mode::lstm) {
-      const Vec i = sigmoid(sum_of(0)), f = sigmoid(sum_of(1));
-      const Vec g = hyperbolic_tangent(sum_of(2)), o = sigmoid(sum_of(3));
+      const Vec i = sigmoid_of<T>(sum_of(0)), f = sigmoid_of<T>(sum_of(1));
+      const Vec g = hyperbolic_tangent_of<T>(sum_of(2)), o = sigmoid_of<T>(sum_of(3));
       const Vec c = fma(f, load(row.carry + u, mask), mul(i, g));
       store(row.carry + u, c, mask);
-      hidden = mul(o, hyperbolic_tangent(c));
+      hidden = mul(o, hyperbolic_tangent_of<T>(c));
       if (row.gates) {
         save(0, i);
         save(1, f);
@@ -82,8 +82,8 @@ ALWAYS_INLINE void step_forward(const ForwardRow<T>& row, int64_t count) {
       }
       if (row.cells) store(row.cells + u, c, mask);
     } else if constexpr (MODE == Mode::gru) {
-      const Vec r = sigmoid(sum_of(0)), z = sigmoid(sum_of(1)), q = hidden_side(2);
-      const Vec n = hyperbolic_tangent(fma(r, q, input_side(2)));
+      const Vec r = sigmoid_of<T>(sum_of(0)), z = sigmoid_of<T>(sum_of(1)), q = hidden_side(2);
+      const Vec n = hyperbolic_tangent_of<T>(fma(r, q, input_side(2)));
       hidden = fma(z, sub(load(row.carry + u, mask), n), n);
       store(row.carry + u, hidden, mask);
       if (row.gates) {
@@ -93,7 +93,7 @@ ALWAYS_INLINE void step_forward(const ForwardRow<T>& row, int64_t count) {
         save(3, q);
       }
     } else {
-      hidden = MODE == Mode::rnn_tanh ? hyperbolic_tangent(sum_of(0)) : positive_part(sum_of(0));
+      hidden = MODE == Mode::rnn_tanh ? hyperbolic_tangent_of<T>(sum_of(0)) : positive_part(sum_of(0));
     }
     store_hidden(row.hidden + u, row.operand + u, hidden, mask);
   });

@@ -11,6 +11,8 @@ constexpr int64_t WORTH_WAKING = 200'000;
 constexpr int64_t UNIT_GRAIN = 32;
 // Sequences a tile at least: with fewer, weights are read too often for the sums they make.
 constexpr int64_t TILE_ROWS = 8;
+// Elements of weights that a thread's cache holds; tile registers multiply more sooner than they come from elsewhere.
+constexpr int64_t CACHED_WEIGHTS = 800'000, UNCACHED_TILE_ROWS = 64;
 
 }  // namespace
 
@@ -29,13 +31,15 @@ Steps::Steps(const RecurrentShape& shape) : length_(shape.batch, shape.steps) {
   first_.push_back(row);
 }
 
-Plan plan_shards(const RecurrentShape& shape, const Steps& steps, int threads) {
+Plan plan_shards(const RecurrentShape& shape, const Steps& steps, int threads, bool in_tiles) {
   Plan plan;
   plan.packs = shape.steps > 2 || shape.batch > 4 || shape.has_projection;
   const int64_t depth = shape.projected + (plan.packs ? 0 : shape.input_size);
   const int64_t step_work = shape.batch * shape.gates() * shape.hidden * depth;
   const int64_t free_threads = std::max<int64_t>(1, threads / shape.directions);
-  plan.tiles = std::clamp<int64_t>(shape.batch / TILE_ROWS, 1, free_threads);
+  const bool cached = shape.gates() * shape.hidden * shape.projected <= CACHED_WEIGHTS;
+  const int64_t tile_rows = in_tiles && !cached && !shape.has_projection ? UNCACHED_TILE_ROWS : TILE_ROWS;
+  plan.tiles = std::clamp<int64_t>(shape.batch / tile_rows, 1, free_threads);
   plan.parts = shape.has_projection ? 1 : free_threads / plan.tiles;
   plan.parts = std::clamp<int64_t>(plan.parts, 1,
                                    1 + step_work / plan.tiles / (plan.packs ? WORTH_WAITING : WORTH_WAKING));

@@ -68,7 +68,8 @@ struct Plan {
     return shards[(direction * tiles) * parts + part];
   }
 };
-Plan plan_shards(const RecurrentShape& shape, const Steps& steps, int threads);
+// `in_tiles`: whether tile registers multiply.
+Plan plan_shards(const RecurrentShape& shape, const Steps& steps, int threads, bool in_tiles);
 
 // Whether so many multiply-adds are worth a second thread's start.
 constexpr bool worth_threads(int64_t multiply_adds) { return multiply_adds > 100'000; }

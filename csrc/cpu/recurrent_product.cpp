@@ -120,6 +120,8 @@ Vec cells_of_rows(const bfloat16* row, const bfloat16* next, int64_t count, bflo
 
 template <class Operand>
 void multiply(int64_t rows, const Product<Operand>& product, const Packed<Operand>& weights, int64_t turn) {
+  if constexpr (IN_TILES<Operand>)
+    if (weights.width == TILE_WIDTH) return multiply_in_tiles(rows, product, weights, turn);
   unrolled<std::size(PANEL_SHAPES)>([&](auto shape) {
     if (weights.width == PANEL_SHAPES[shape].width)
       multiply_panels<Operand, shape>(rows, product, weights, turn);
@@ -130,7 +132,8 @@ template <class T, class Operand>
 void pack_rows_as_columns(Operand* cells, int width, int64_t depth, int64_t at, const T* source,
                           int64_t stride, int64_t count) {
   constexpr int64_t CELL = PER_CELL<Operand>;
-  const int64_t panel_columns = int64_t(width) * LANES, depth_cells = ceil_div(depth, CELL);
+  const int64_t panel_columns = int64_t(width) * LANES;
+  const int64_t depth_cells = Packed<Operand>::padded_depth(depth) / CELL;
   for (int64_t first = 0; first < count; first += LANES) {
     const int64_t column = at + first, rows = std::min<int64_t>(LANES, count - first);
     const int64_t panel = column / panel_columns, within = column % panel_columns;
@@ -153,9 +156,12 @@ void pack_panel(Operand* cells, int width, int64_t depth, int64_t first, const T
                 int64_t count) {
   float* to = reinterpret_cast<float*>(cells);
   const auto row = [&](int64_t k) { return source + (k + first) % depth * stride; };
+  const int64_t panel = int64_t(width) * LANES, padded = Packed<Operand>::padded_depth(depth);
+  const int64_t real = round_up(depth, PER_CELL<Operand>);
+  std::fill(to + real / PER_CELL<Operand> * panel, to + padded / PER_CELL<Operand> * panel, 0.0f);
   for (int64_t k = 0; k < depth; k += PER_CELL<Operand>) {
     const T* next = k + 1 < depth ? row(k + 1) : nullptr;
-    for (int64_t column = 0; column < int64_t(width) * LANES; column += LANES, to += LANES)
+    for (int64_t column = 0; column < panel; column += LANES, to += LANES)
       store(to, cells_of_rows(row(k) + column, next ? next + column : nullptr, count - column, Operand{}));
   }
 }

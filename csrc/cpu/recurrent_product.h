@@ -4,7 +4,7 @@
 // Packed weights are panels of `width` vectors of columns; a panel holds, for each step of the depth, its vectors one
 // after another. A tile keeps rows * width accumulators in registers, so the width follows the number of rows. Sums run
 // in float32. Operands are floats, or, where the CPU multiplies them, pairs of bfloat16: one 32-bit cell either way, of
-// one or two steps of the depth.
+// one or two steps of the depth. Tile registers take panels of one vector and 16 cells of the depth at a time.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "integers.h"
+#include "tile_registers.h"
 #include "vec.h"
 
 namespace pyarch {
@@ -40,8 +41,20 @@ constexpr PanelShape PANEL_SHAPES[] = {{12, 1}, {8, 2}, {4, 6}, {3, 8}};
 constexpr PanelShape PANEL_SHAPES[] = {{12, 1}, {8, 1}, {4, 3}, {3, 4}};
 #endif
 
+// The width of panels for tile registers, and the rows from which on these are faster. So many rows, as evenly as they
+// go, are a strip that one register takes.
+constexpr int TILE_WIDTH = 1;
+constexpr int64_t LEAST_ROWS_IN_TILES = 3;
+constexpr int64_t tile_rows(int64_t rows) { return ceil_div(rows, ceil_div(rows, 16)); }
+
+// Rows behind the last one that a product's A has: they may be read, with nothing coming of it.
+template <class Operand>
+constexpr int64_t SPARE_ROWS = IN_TILES<Operand> ? 15 : 0;
+
 // Of the panels whose tiles take all rows at once those that pad the columns least, of these the widest.
-inline int panel_width(int64_t rows, int64_t columns) {
+template <class Operand>
+int panel_width(int64_t rows, int64_t columns) {
+  if (IN_TILES<Operand> && rows >= LEAST_ROWS_IN_TILES) return TILE_WIDTH;
   int best = 0;
   for (const PanelShape& shape : PANEL_SHAPES) {
     const bool takes_all = rows <= shape.rows || &shape + 1 == std::end(PANEL_SHAPES);
@@ -57,11 +70,14 @@ struct Packed {
   int64_t depth;    // in cells
   int64_t columns;  // a multiple of the panel's
   int width;
+  int64_t tile_rows;  // that tile registers are set up for
 
   static int64_t padded_columns(int64_t columns, int width) {
     return round_up(columns, int64_t(width) * LANES);
   }
-  static int64_t padded_depth(int64_t depth) { return round_up(depth, PER_CELL<Operand>); }
+  static int64_t padded_depth(int64_t depth) {
+    return round_up(depth, (IN_TILES<Operand> ? 16 : 1) * PER_CELL<Operand>);
+  }
 };
 
 // C[r, :] = init[r, :] + A[r, :] * W. Rows of `init` may be one (init_stride 0) or C itself; C has all padded columns,
@@ -78,6 +94,10 @@ struct Product {
 };
 template <class Operand>
 void multiply(int64_t rows, const Product<Operand>& product, const Packed<Operand>& weights, int64_t turn);
+
+// The same in tile registers: panels of TILE_WIDTH.
+void multiply_in_tiles(int64_t rows, const Product<bfloat16>& product, const Packed<bfloat16>& weights,
+                       int64_t turn);
 
 // Packs `count` columns from column `at` on, a multiple of LANES, of the matrix whose columns are rows of a source:
 // W[k, at + j] = source[j * stride + k].

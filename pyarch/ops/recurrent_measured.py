@@ -2,7 +2,7 @@
 
 The figures are medians over the shapes of `benchmarks recurrent --sweep --backend cpu` that fall into
 a region, ours against torch in one run, on a Zen 5 and on an Emerald Rapids, whose AMX names the second table
-and whose torch multiplies bfloat16 on its tiles. A layer left to torch runs there forward and backward, so
+and on whose tiles both multiply bfloat16. A layer left to torch runs there forward and backward, so
 `training` tells the two measurements apart.
 """
 
@@ -99,48 +99,6 @@ EMERALD_RAPIDS = (
         batch=(16, NO_LIMIT),
         training=False,
         dtype=torch.float32,
-    ),
-    Slower(
-        "over 3 shapes 0.70x of torch",
-        False,
-        ("lstm",),
-        steps=(16, NO_LIMIT),
-        batch=(8, NO_LIMIT),
-        hidden_size=(128, NO_LIMIT),
-        packed=False,
-        training=False,
-        dtype=torch.bfloat16,
-    ),
-    Slower(
-        "over 2 shapes 0.68x of torch in training",
-        False,
-        ("lstm",),
-        steps=(16, NO_LIMIT),
-        batch=(16, NO_LIMIT),
-        hidden_size=(128, NO_LIMIT),
-        packed=False,
-        training=True,
-        dtype=torch.bfloat16,
-    ),
-    Slower(
-        "over 3 shapes 0.71x of torch",
-        False,
-        ("gru",),
-        batch=(16, NO_LIMIT),
-        hidden_size=(256, NO_LIMIT),
-        packed=False,
-        training=False,
-        dtype=torch.bfloat16,
-    ),
-    Slower(
-        "over 2 shapes 0.85x of torch in training",
-        False,
-        ("gru",),
-        batch=(32, NO_LIMIT),
-        hidden_size=(256, NO_LIMIT),
-        packed=False,
-        training=True,
-        dtype=torch.bfloat16,
     ),
     Slower(
         "over 1 shape 0.78x of torch (0.90x in training)",
