@@ -382,22 +382,28 @@ class Backward {
           distances ? distances + count - 1 - r + part.begin - keys.begin : nullptr};
     };
     const RowBuffers buffers = buffers_of(own);
+    const auto whole_rows = [&](Span part) {
+      return [&row_of, part](int64_t r) { return row_of(r, part, true); };
+    };
     if (in_one_block()) {
       typename RowGradients<T>::WeightedSums sums[STRIP<T>];
-      for (int64_t r = 0; r < count; ++r)
-        parts.each([&](Span part, bool is_whole) {
+      parts.each([&](Span part, bool is_whole) {
+        int64_t r = is_whole ? rows_.weigh_pairs(buffers, count, whole_rows(part), sums) : 0;
+        for (; r < count; ++r)
           rows_.weigh_row(buffers, meeting.batch, meeting.head, row_of(r, part, is_whole), sums[r]);
-        });
+      });
       float deltas[STRIP<T>];
       for (int64_t r = 0; r < count; ++r) deltas[r] = rows_.delta_of(buffers, row_of(r, keys, true), sums[r]);
-      for (int64_t r = 0; r < count; ++r)
+      int64_t r = rows_.differentiate_weighed_pairs(buffers, count, whole_rows(keys), deltas);
+      for (; r < count; ++r)
         rows_.differentiate_weighed_row(buffers, row_of(r, keys, true), deltas[r], gradients_of(r, keys));
     } else {
-      for (int64_t r = 0; r < count; ++r)
-        parts.each([&](Span part, bool is_whole) {
+      parts.each([&](Span part, bool is_whole) {
+        int64_t r = is_whole ? rows_.differentiate_pairs(buffers, count, whole_rows(part)) : 0;
+        for (; r < count; ++r)
           rows_.differentiate_row(buffers, meeting.batch, meeting.head, row_of(r, part, is_whole),
                                   gradients_of(r, part));
-        });
+      });
     }
     if (shared)
       for (int64_t k = 0; k < keys.size(); k += LANES)

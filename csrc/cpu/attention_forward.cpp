@@ -8,10 +8,16 @@
 // Where there are enough heads each thread takes whole ones, so that what it packs stays in its cache. Where there are
 // few, all are packed first and their chunks of queries shared out.
 //
+// Tile registers multiply while the others make probabilities, so strips go through them as through a line: between the
+// rows of one turn (a strip before a block of keys) come the products of the turn before with its values, and the scores
+// of the turn after it.
+//
 // A mean of the probabilities over heads takes what a head's chunk leaves behind, p of each block and its m', once l and
 // the last m are known: p 2^(m' - m) / (l H). A chunk then goes through all heads, and is short where keys are many.
 #include <cmath>
 #include <cstring>
+#include <iterator>
+#include <utility>
 
 #include "attention_operands.h"
 #include "attention_probabilities.h"
@@ -136,11 +142,15 @@ class Forward {
   }
 
  private:
-  struct Work {
+  struct Buffers {
     alignas(64) float scores[STRIP<T> * KEY_PITCH];
-    alignas(64) float maxima[LANES * LANES];
-    alignas(64) float factors[LANES], shifts[LANES];
+    alignas(64) float factors[LANES];
     alignas(64) uint8_t visible[STRIP<T> * KEY_BLOCK];
+  };
+  struct Work {
+    Buffers buffers[IN_TILES<T> ? 2 : 1];
+    alignas(64) float maxima[LANES * LANES];
+    alignas(64) float shifts[LANES];
     alignas(64) uint8_t kept[Dropout::BYTES];
     StripState states[CHUNK_STRIPS<T>];
   };
@@ -153,6 +163,23 @@ class Forward {
     Work& work;
     float *queries, *sums;  // packed strips; CHUNK_ROWS x value_pitch
     Kept* kept;             // or null
+  };
+
+  // One strip before one block of keys; or none, without buffers.
+  struct Turn {
+    Span rows;
+    Parts parts;
+    StripState* state;
+    const float* queries;  // packed
+    float* sums;
+    bool fresh;  // the strip has seen nothing before
+    Buffers* buffers;
+  };
+  // What is to be multiplied yet: a turn's probabilities with panels of values, then another's queries with panels of
+  // keys, whose scores may take their place.
+  struct Products {
+    const Turn &summed, &scored;
+    int64_t panel, key;
   };
 
   int64_t value_pitch() const { return value_panels_ * PANEL; }
@@ -183,6 +210,7 @@ class Forward {
     const int64_t query_floats = strip_floats<T>(shape_.head_dim);
     float* const sums = queries + CHUNK_STRIPS<T> * query_floats;
     const auto strip_sums = [&](int64_t s) { return sums + s * STRIP<T> * value_pitch(); };
+    std::fill_n(work.maxima, LANES * LANES, MINUS_INFINITY);
     const Chunk chunk{sight, b, h, panels, panels + key_floats_, work, queries, sums, kept};
 
     const Rows<T> query = Rows<T>::of(args_.query, b, h, shape_.head_dim);
@@ -194,98 +222,154 @@ class Forward {
       std::fill(state.exponents, state.exponents + LANES, MINUS_INFINITY);
       std::fill(state.sums, state.sums + LANES * LANES, 0.0f);
     }
+    Turn before{}, now{};
+    const auto proceed = [&](const Turn& next) {
+      Products products{before, next, before.buffers ? 0 : value_panels_, next.parts.keys.begin};
+      if (now.buffers) weigh(chunk, now, products);
+      while (multiply_next(chunk, products)) {
+      }
+      before = std::exchange(now, next);
+    };
+    int64_t turns = 0;
     sight.each_block(rows, {0, shape_.keys}, [&](Span block) {
       for (int64_t s = 0; s < strips; ++s)
         sight.each_block(strip_rows(s), block, [&](Span keys) {
-          attend(chunk, strip_rows(s), keys, work.states[s], queries + s * query_floats, strip_sums(s));
+          const Parts parts{keys, sight.seen_whole(strip_rows(s), keys)};
+          Buffers& buffers = work.buffers[turns % std::size(work.buffers)];
+          if (!parts.look(sight, h, strip_rows(s), buffers.visible)) return;
+          ++turns;
+          StripState& state = work.states[s];
+          proceed({strip_rows(s), parts, &state, queries + s * query_floats, strip_sums(s),
+                   std::exchange(state.fresh, false), &buffers});
+          if (!IN_TILES<T>) {
+            proceed({});
+            proceed({});
+          }
         });
     });
+    proceed({});
+    proceed({});
     for (int64_t s = 0; s < strips; ++s) finish(chunk, strip_rows(s), work.states[s], strip_sums(s));
   }
 
-  // One strip meets one block of keys.
-  void attend(const Chunk& chunk, Span rows, Span keys, StripState& state, const float* queries,
-              float* sums) const {
+  // Makes one of the products; false where none is left.
+  ALWAYS_INLINE bool multiply_next(const Chunk& chunk, Products& products) const {
+    if (products.panel < value_panels_) {
+      const Turn& turn = products.summed;
+      const Span keys = turn.parts.keys;
+      const int64_t panel = products.panel++, first = keys.begin / S::ELEMENTS * PANEL;
+      multiply_sums<T>(
+          turn.rows.size(), shape_.value_dim - panel * PANEL,
+          {turn.buffers->scores, chunk.values + panel * column_panel_floats<T>(shape_.keys) + first,
+           steps_of<T>(keys.size()), turn.sums + panel * PANEL, value_pitch(), turn.buffers->factors,
+           turn.fresh});
+      return true;
+    }
+    const Turn& turn = products.scored;
+    const Span keys = turn.parts.keys, whole = turn.parts.whole;
+    const int64_t key = products.key;
+    if (key >= keys.end) return false;
+    products.key += PANEL;
+    const bool ready = finds_largest() && key >= whole.begin && key < whole.end;
+    multiply_scores<T>(
+        turn.rows.size(), keys.end - key,
+        {turn.queries, chunk.keys + key / PANEL * row_panel_floats<T>(shape_.head_dim), query_steps_,
+         turn.buffers->scores + key - keys.begin, ready ? chunk.work.maxima : nullptr});
+    return true;
+  }
+
+  // Whether the micro-kernel finds the largest scores too, because nothing changes what it makes.
+  bool finds_largest() const { return !IN_TILES<T> && rule_.is_plain(); }
+
+  // A turn's scores become probabilities; meanwhile products of others are made.
+  void weigh(const Chunk& chunk, const Turn& turn, Products& products) const {
     Work& work = chunk.work;
-    const int64_t count = rows.size();
-    const Parts parts{keys, chunk.sight.seen_whole(rows, keys)};
-    if (!parts.look(chunk.sight, chunk.head, rows, work.visible)) return;
-    for (int64_t r = 0; r < LANES; ++r) store(work.maxima + r * LANES, broadcast(MINUS_INFINITY));
-    // Where nothing changes what the micro-kernel makes, it finds the largest too.
-    const bool plain = rule_.is_plain(), finds_largest = plain && !IN_TILES<T>;
-    const int64_t panel_floats = row_panel_floats<T>(shape_.head_dim);
-    parts.each([&](Span part, bool is_whole) {
-      const bool ready = is_whole && finds_largest;
-      for (int64_t key = part.begin; key < part.end; key += PANEL)
-        multiply_scores<T>(count, part.end - key,
-                           {queries, chunk.keys + key / PANEL * panel_floats, query_steps_,
-                            work.scores + key - keys.begin, ready ? work.maxima : nullptr});
-      if (!ready)
-        for (int64_t r = 0; r < count; ++r)
-          change_row(chunk, rows.begin + r, r, part, part.begin - keys.begin, is_whole, plain);
+    const auto [keys, whole] = turn.parts;
+    const int64_t count = turn.rows.size(), width = columns_of<T>(keys.size());
+    const bool plain = rule_.is_plain();
+    turn.parts.each([&](Span part, bool is_whole) {
+      if (is_whole && finds_largest()) return;
+      for (int64_t r = 0; r < count; ++r) change_row(chunk, turn, r, part, is_whole, plain);
     });
-    const int64_t width = columns_of<T>(keys.size());
-    update_exponents(work, state, plain);
-    for (int64_t r = 0; r < count; ++r) exponentiate_row(chunk, rows.begin + r, r, keys, width, state, plain);
+    update_exponents(work, turn, plain);
+    for (int64_t r = 0; r < count; ++r) {
+      exponentiate_row(chunk, turn, r, width, plain);
+      multiply_next(chunk, products);
+    }
     if (chunk.kept) {
-      Meeting& meeting = chunk.kept->meetings.emplace_back(Meeting{rows, keys, {}});
+      Meeting& meeting = chunk.kept->meetings.emplace_back(Meeting{turn.rows, keys, {}});
       std::copy_n(work.shifts, LANES, meeting.shifts);
     }
-
-    const int64_t steps = steps_of<T>(keys.size()), first = keys.begin / S::ELEMENTS * PANEL;
-    for (int64_t panel = 0; panel < value_panels_; ++panel)
-      multiply_sums<T>(count, shape_.value_dim - panel * PANEL,
-                       {work.scores, chunk.values + panel * column_panel_floats<T>(shape_.keys) + first,
-                        steps, sums + panel * PANEL, value_pitch(), work.factors, state.fresh});
-    state.fresh = false;
   }
 
   // What the products of a row become before the softmax; and their largest.
-  void change_row(const Chunk& chunk, int64_t query, int64_t r, Span keys, int64_t column, bool is_whole,
+  void change_row(const Chunk& chunk, const Turn& turn, int64_t r, Span keys, bool is_whole,
                   bool plain) const {
-    Work& work = chunk.work;
-    float* const scores = work.scores + r * KEY_PITCH + column;
-    const uint8_t* const visible = work.visible + r * KEY_BLOCK + column;
-    const auto biases = rule_.biases(chunk.batch, chunk.head, query, keys.begin);
-    Vec largest = load(work.maxima + r * LANES);
-    for (int64_t k = 0; k < columns_of<T>(keys.size()); k += LANES) {
-      Vec x = load(scores + k);
-      if (!plain) {
-        const Vec tanh_of_it = args_.scores.softcap != 0 ? rule_.capped(x) : x;
-        x = rule_.exponent(x, tanh_of_it, biases.at(k, keys.size()));
+    const int64_t query = turn.rows.begin + r, column = keys.begin - turn.parts.keys.begin;
+    const int64_t columns = columns_of<T>(keys.size());
+    float* const scores = turn.buffers->scores + r * KEY_PITCH + column;
+    const uint8_t* const visible = turn.buffers->visible + r * KEY_BLOCK + column;
+    Vec largest = load(chunk.work.maxima + r * LANES);
+    if (is_whole && plain) {
+      for (int64_t k = 0; k < columns; k += LANES) largest = larger_of(largest, load(scores + k));
+    } else {
+      const auto biases = rule_.biases(chunk.batch, chunk.head, query, keys.begin);
+      for (int64_t k = 0; k < columns; k += LANES) {
+        Vec x = load(scores + k);
+        if (!plain) {
+          const Vec tanh_of_it = args_.scores.softcap != 0 ? rule_.capped(x) : x;
+          x = rule_.exponent(x, tanh_of_it, biases.at(k, keys.size()));
+        }
+        if (!is_whole) x = where(visible + k, x, broadcast(MINUS_INFINITY));
+        store(scores + k, x);
+        largest = larger_of(largest, x);
       }
-      if (!is_whole) x = where(visible + k, x, broadcast(MINUS_INFINITY));
-      if (!(is_whole && plain)) store(scores + k, x);
-      largest = larger_of(largest, x);
     }
-    store(work.maxima + r * LANES, largest);
+    store(chunk.work.maxima + r * LANES, largest);
   }
 
-  // m', 2^(m - m') and what is taken from exponents, for every row at once.
-  void update_exponents(Work& work, StripState& state, bool plain) const {
+  // m', 2^(m - m') and what is taken from exponents, for every row at once; the maxima begin anew.
+  void update_exponents(Work& work, const Turn& turn, bool plain) const {
     Vec rows[LANES];
     unrolled<LANES>([&](auto r) { rows[r] = load(work.maxima + r * LANES); });
     transpose(rows);
     Vec largest = rows[0];
     unrolled<LANES - 1>([&](auto r) { largest = larger_of(largest, rows[r + 1]); });
     if (plain) largest = mul(largest, broadcast(rule_.factor()));
-    const Vec before = load(state.exponents), now = larger_of(before, largest);
-    store(state.exponents, now);
+    const Vec before = load(turn.state->exponents), now = larger_of(before, largest);
+    store(turn.state->exponents, now);
     const Vec shift = larger_of(now, broadcast(LOWEST));
     store(work.shifts, shift);
-    store(work.factors, power_of_two(sub(before, shift)));
+    store(turn.buffers->factors, power_of_two(sub(before, shift)));
+    for (int64_t r = 0; r < LANES; ++r) store(work.maxima + r * LANES, broadcast(MINUS_INFINITY));
   }
 
-  void exponentiate_row(const Chunk& chunk, int64_t query, int64_t r, Span keys, int64_t width,
-                        StripState& state, bool plain) const {
+  void exponentiate_row(const Chunk& chunk, const Turn& turn, int64_t r, int64_t width, bool plain) const {
     Work& work = chunk.work;
-    float* const scores = work.scores + r * KEY_PITCH;
+    const int64_t query = turn.rows.begin + r;
+    const Span keys = turn.parts.keys;
+    float* const scores = turn.buffers->scores + r * KEY_PITCH;
     const Vec factor = broadcast(plain ? rule_.factor() : 1.0f);
     const Vec shift = sub(zero(), broadcast(work.shifts[r]));
-    if (dropout_.drops()) dropout_.keep(chunk.batch * shape_.heads + chunk.head, query, keys, work.kept);
+    float* const sums = turn.state->sums + r * LANES;
+    Vec total = mul(load(sums), broadcast(turn.buffers->factors[r]));
     const bool drops = dropout_.drops();
     float* const made = chunk.kept ? chunk.kept->made + chunk.kept->row(query) + keys.begin : nullptr;
-    Vec total = mul(load(state.sums + r * LANES), broadcast(work.factors[r]));
+    if (drops) dropout_.keep(chunk.batch * shape_.heads + chunk.head, query, keys, work.kept);
+#if defined(__AMX_BF16__)
+    if constexpr (IN_TILES<T>) {
+      if (!drops && !made) {
+        for (int64_t k = 0; k < width; k += 2 * LANES) {
+          const Vec low = flushed_power_of_two(fma(load(scores + k), factor, shift));
+          const Vec high = flushed_power_of_two(fma(load(scores + k + LANES), factor, shift));
+          total = add(total, add(low, high));
+          _mm512_storeu_si512(reinterpret_cast<bfloat16*>(scores) + k, narrow_both(low, high));
+        }
+        store(sums, total);
+        return;
+      }
+    }
+#endif
     for (int64_t k = 0; k < width; k += LANES) {
       Vec p = power_of_two(fma(load(scores + k), factor, shift));
       total = add(total, p);
@@ -293,7 +377,7 @@ class Forward {
       if (made) store(made + k, p);
       store_probability(scores, k, p);
     }
-    store(state.sums + r * LANES, total);
+    store(sums, total);
   }
 
   // In place: a bfloat16 is written behind what is still to be read.

@@ -39,8 +39,7 @@ class KeySums {
   KeySums(int64_t keys, int64_t columns) : keys_(keys), columns_(columns) {}
 
   int64_t floats() const {
-    return IN_TILES<T> ? round_up(columns_, LANES) * round_up(keys_, PANEL)
-                       : keys_ * round_up(columns_, PANEL);
+    return IN_TILES<T> ? round_up(columns_, LANES) * upright_pitch() : keys_ * round_up(columns_, PANEL);
   }
   // Of a chunk's rows, packed.
   int64_t operand_floats() const {
@@ -51,7 +50,7 @@ class KeySums {
   void clear(float* sums, Span keys) const {
     if constexpr (IN_TILES<T>) {
       for (int64_t c = 0; c < round_up(columns_, LANES); ++c)
-        std::fill_n(sums + c * round_up(keys_, PANEL) + keys.begin, round_up(keys.size(), PANEL), 0.0f);
+        std::fill_n(sums + c * upright_pitch() + keys.begin, round_up(keys.size(), PANEL), 0.0f);
     } else {
       const int64_t pitch = round_up(columns_, PANEL);
       std::fill_n(sums + keys.begin * pitch, keys.size() * pitch, 0.0f);
@@ -73,7 +72,7 @@ class KeySums {
     const int64_t first = rows.begin / E, steps = steps_of<T>(rows.size()), all_steps = steps_of<T>(count);
 #if defined(__AMX_BF16__)
     if constexpr (IN_TILES<T>) {
-      const int64_t pitch = round_up(keys_, PANEL);
+      const int64_t pitch = upright_pitch();
       for (int64_t c = 0; c < columns_; c += LANES)
         multiply_sums_upright({packed + c * all_steps + first, all_steps, scores + first * KEY_PITCH, steps,
                                sums + c * pitch + keys.begin, pitch});
@@ -93,7 +92,7 @@ class KeySums {
       for (int64_t key = keys.begin; key < keys.end; key += LANES)
         for (int64_t c = 0; c < columns_; c += LANES) {
           Vec lanes[LANES];
-          unrolled<LANES>([&](auto i) { lanes[i] = load(sums + (c + i) * round_up(keys_, PANEL) + key); });
+          unrolled<LANES>([&](auto i) { lanes[i] = load(sums + (c + i) * upright_pitch() + key); });
           transpose(lanes);
           alignas(64) float square[LANES * LANES];
           unrolled<LANES>([&](auto i) { store(square + i * LANES, lanes[i]); });
@@ -110,6 +109,9 @@ class KeySums {
   }
 
  private:
+  // An odd number of cache lines: rows a power of two apart would drive each other out of the cache.
+  int64_t upright_pitch() const { return round_up(keys_, PANEL) + LANES; }
+
   const int64_t keys_, columns_;
 };
 

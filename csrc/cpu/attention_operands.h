@@ -44,6 +44,13 @@ void pack_strip(const Rows<T>& rows, int64_t count, float* packed) {
     const int64_t steps = steps_of<T>(rows.columns);
     for (int64_t row = 0; row < count; ++row) {
       T* const copy = reinterpret_cast<T*>(packed + row * steps);
+      if (rows.column_stride == 1) {
+        for (int64_t step = 0; step < steps; step += LANES)
+          store(packed + row * steps + step,
+                Step<T>::load_along(rows.from(row).data + 2 * step,
+                                    std::max<int64_t>(0, rows.columns - 2 * step)));
+        continue;
+      }
       for (int64_t column = 0; column < rows.columns; ++column)
         copy[column] = rows.data[row * rows.row_stride + column * rows.column_stride];
       std::fill(copy + rows.columns, copy + 2 * steps, T{});

@@ -29,6 +29,25 @@ ALWAYS_INLINE Vec where(const uint8_t* bytes, Vec yes, Vec no) {
 }
 #endif
 
+#if defined(__AMX_BF16__)
+
+// 2^x to 2.6e-6, for what is rounded to bfloat16. Only where subnormal numbers are flushed to zero, see TileRegisters:
+// there 2^x needs no care below the smallest normal number.
+ALWAYS_INLINE Vec flushed_power_of_two(Vec x) {
+  const Vec fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec power = broadcast(1.353416787e-2f);
+  for (float coefficient : {5.201146278e-2f, 2.414427539e-1f, 6.930038356e-1f, 1.000002593f})
+    power = fma(power, fraction, broadcast(coefficient));
+  return _mm512_scalef_ps(power, x);
+}
+
+// Two vectors, one behind the other.
+ALWAYS_INLINE __m512i narrow_both(Vec low, Vec high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+#endif
+
 // LANES values of a row that may be broadcast or strided, widened; those from `count` on are zero.
 template <class T>
 ALWAYS_INLINE Vec load_strided(const T* row, int64_t stride, int64_t count) {

@@ -5,6 +5,8 @@
 // either in one step, with a delta that is known, or in two, between which delta is summed over the row.
 #pragma once
 
+#include <algorithm>
+
 #include "attention_probabilities.h"
 
 namespace pyarch {
@@ -174,6 +176,48 @@ class RowGradients {
                       product_or_zero(load(probabilities + k), sub(load(grads + k), broadcast(delta))),
                       results.caps ? load(slopes + k) : zero());
   }
+
+  // The same for pairs of rows that see all keys, where that is faster: from the first on, of `count` rows which
+  // row_of(r) describes. They return how many rows they have done.
+  template <class RowOf>
+  int64_t differentiate_pairs(const RowBuffers& own, int64_t count, RowOf&& row_of) const {
+    return each_pair(own, count, row_of, [&](int64_t r, const auto& pair) {
+      const Vec deltas[2] = {broadcast(own.deltas[row_of(r).query]),
+                             broadcast(own.deltas[row_of(r + 1).query])};
+      for (int64_t k = 0; k < pair.columns; k += LANES) {
+        const Vec p = pair.probability(0, k), q = pair.probability(1, k);
+        pair.keep_probabilities(k, p, q);
+        pair.keep_score_grads(k, pair.score_grad(0, k, p, deltas[0]), pair.score_grad(1, k, q, deltas[1]));
+      }
+    });
+  }
+  template <class RowOf>
+  int64_t weigh_pairs(const RowBuffers& own, int64_t count, RowOf&& row_of, WeightedSums* sums) const {
+    return each_pair(own, count, row_of, [&](int64_t r, const auto& pair) {
+      WeightedSums ours[2] = {sums[r], sums[r + 1]};
+      for (int64_t k = 0; k < pair.columns; k += LANES) {
+        const Vec made[2] = {pair.probability(0, k), pair.probability(1, k)};
+        pair.keep_probabilities(k, made[0], made[1]);
+        unrolled<2>([&](auto i) INLINED {
+          store(pair.scores + i * KEY_PITCH + k, made[i]);
+          ours[i].weights = add(ours[i].weights, made[i]);
+          ours[i].gradients = fma(made[i], pair.grad(i, k), ours[i].gradients);
+        });
+      }
+      std::copy_n(ours, 2, sums + r);
+    });
+  }
+  template <class RowOf>
+  int64_t differentiate_weighed_pairs(const RowBuffers& own, int64_t count, RowOf&& row_of,
+                                      const float* deltas) const {
+    return each_pair(own, count, row_of, [&](int64_t r, const auto& pair) {
+      const Vec delta[2] = {broadcast(deltas[r]), broadcast(deltas[r + 1])};
+      for (int64_t k = 0; k < pair.columns; k += LANES)
+        pair.keep_score_grads(k, pair.score_grad(0, k, pair.score(0, k), delta[0]),
+                              pair.score_grad(1, k, pair.score(1, k), delta[1]));
+    });
+  }
+
   static int64_t first_of(const Row& row) { return row.place.strip_row * KEY_PITCH + row.place.strip_column; }
 
   ALWAYS_INLINE void keep_score_grad(const Results& results, int64_t k, Vec score_grad, Vec slope) const {
@@ -211,6 +255,71 @@ class RowGradients {
   }
 
  private:
+#if defined(__AMX_BF16__)
+
+  // Two rows that are the halves of a step in the chunk's buffers; nothing stands between products, probabilities and
+  // gradients.
+  struct RowPair {
+    float* scores;
+    const float* probability_grads;
+    Results results;
+    Vec factor, shifts[2];
+    int64_t columns;
+
+    ALWAYS_INLINE Vec score(int i, int64_t k) const { return load(scores + i * KEY_PITCH + k); }
+    ALWAYS_INLINE Vec grad(int i, int64_t k) const { return load(probability_grads + i * KEY_PITCH + k); }
+    ALWAYS_INLINE Vec probability(int i, int64_t k) const {
+      return flushed_power_of_two(fma(score(i, k), factor, shifts[i]));
+    }
+    ALWAYS_INLINE Vec score_grad(int i, int64_t k, Vec probability, Vec delta) const {
+      return product_or_zero(probability, sub(grad(i, k), delta));
+    }
+    ALWAYS_INLINE void keep_probabilities(int64_t k, Vec first, Vec second) const {
+      _mm512_storeu_si512(results.probabilities + k, zipped(narrow_both(first, second)));
+    }
+    ALWAYS_INLINE void keep_score_grads(int64_t k, Vec first, Vec second) const {
+      const __m512i rows = narrow_both(first, second);
+      _mm512_storeu_si512(results.score_grads + k, zipped(rows));
+      bfloat16* const strip = results.strip_score_grads + k;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(strip), _mm512_castsi512_si256(rows));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(strip + 2 * KEY_PITCH),
+                          _mm512_extracti64x4_epi64(rows, 1));
+    }
+
+    // Element i of the lower half, then of the upper one.
+    static ALWAYS_INLINE __m512i zipped(__m512i halves) {
+      const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m512i both =
+          _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(LANES)), 16));
+      return _mm512_permutexvar_epi16(both, halves);
+    }
+  };
+
+  template <class RowOf, class Body>
+  int64_t each_pair(const RowBuffers& own, int64_t count, RowOf&& row_of, Body&& body) const {
+    if (!IN_TILES<T> || !rule_.is_plain() || dropout_.drops() || bias_grad_.data) return 0;
+    for (int64_t r = 0; r + 2 <= count; r += 2) {
+      const Row first = row_of(r);
+      const auto shift = [&](int64_t query) { return sub(zero(), broadcast(own.exponents[query])); };
+      body(r, RowPair{own.scores + first_of(first),
+                      own.probability_grads + first_of(first),
+                      results_of(own, first, {}),
+                      broadcast(rule_.factor()),
+                      {shift(first.query), shift(first.query + 1)},
+                      columns_of<T>(first.keys.size())});
+    }
+    return count / 2 * 2;
+  }
+
+#else
+
+  template <class RowOf, class Body>
+  int64_t each_pair(const RowBuffers&, int64_t, RowOf&&, Body&&) const {
+    return 0;
+  }
+
+#endif
+
   const AttentionScores<T>& scores_;
   const PerScore<float>& bias_grad_;
   const bool first_bias_grad_;

@@ -8,6 +8,8 @@ namespace {
 
 constexpr int64_t PANEL_BYTES = PANEL * sizeof(float);
 
+bool any_differs(Vec v, float value) { return _mm512_cmp_ps_mask(v, broadcast(value), _CMP_NEQ_UQ); }
+
 // Registers 0 and 1 sum left * right for a panel's two halves.
 ALWAYS_INLINE void multiply_panel(const float* left, int64_t left_bytes, const float* right,
                                   int64_t right_bytes, int64_t steps) {
@@ -49,7 +51,7 @@ void multiply_scores<bfloat16>(int64_t, int64_t, const ScoreTile& tile) {
 
 template <>
 void multiply_sums<bfloat16>(int64_t rows, int64_t, const SumTile& tile) {
-  if (tile.factors && !tile.fresh)
+  if (tile.factors && !tile.fresh && any_differs(load(tile.factors), 1.0f))
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < PANEL; c += LANES) {
         float* const kept = tile.sums + r * tile.pitch + c;

@@ -14,7 +14,8 @@ bool permit_tile_registers() {
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-TileRegisters::TileRegisters(int64_t rows) {
+TileRegisters::TileRegisters(int64_t rows) : control_(_mm_getcsr()) {
+  constexpr unsigned FLUSH_TO_ZERO = 0x8000;  // of the MXCSR register
   constexpr int REGISTERS_OF_TILES = 8, FIRST_RIGHT = 6;
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -27,9 +28,13 @@ TileRegisters::TileRegisters(int64_t rows) {
   }
   memory_is_touched();
   _tile_loadconfig(&settings);
+  _mm_setcsr(control_ | FLUSH_TO_ZERO);
 }
 
-TileRegisters::~TileRegisters() { _tile_release(); }
+TileRegisters::~TileRegisters() {
+  _tile_release();
+  _mm_setcsr(control_);
+}
 
 }  // namespace pyarch
 
