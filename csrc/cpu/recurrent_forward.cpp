@@ -11,7 +11,7 @@ namespace {
 
 // Floats of input-side sums that are made at a time: they stay in the cache until they are read. Short calls make an
 // eighth of theirs.
-constexpr int64_t LEAST_CHUNK_FLOATS = 1 << 16, MOST_CHUNK_FLOATS = 1 << 18;
+constexpr int64_t LEAST_CHUNK_FLOATS = 1 << 17, MOST_CHUNK_FLOATS = 1 << 18;
 
 template <class T>
 class ForwardPass {
@@ -234,6 +234,7 @@ class ForwardPass {
     const int64_t H = shape_.hidden, P = shape_.projected, step = steps_.taken(shard.direction, index);
     const int64_t alive = shard.rows_alive(steps_, step), first = steps_.first(step) + shard.row_begin;
     if (alive == 0) return;
+    if (shape_.batch == 1) fetch_input_side(shard, side.row(first));
     multiply_hidden(s, index, alive, first, side);
     const bool projects = shape_.has_projection;
     for (int64_t r = 0; r < alive; ++r) {
@@ -254,6 +255,13 @@ class ForwardPass {
           shard.units());
     }
     if (projects) project(shard, index, alive, first);
+  }
+
+  // A single row's sums may have been made by another thread: fetched while the product runs, nothing waits for them.
+  void fetch_input_side(const Shard& shard, const float* row) const {
+    for (int64_t gate = 0; gate < shape_.gates(); ++gate)
+      for (int64_t unit = shard.unit_begin; unit < shard.unit_end; unit += LANES)
+        __builtin_prefetch(row + gate * shape_.hidden + unit);
   }
 
   void multiply_hidden(int64_t s, int64_t index, int64_t alive, int64_t first, const InputSide& side) {

@@ -22,13 +22,16 @@ ALWAYS_INLINE Vec multiply_add(Vec a, Vec w, Vec sum, bfloat16) { return dot_pai
 
 // ------------------------------------------------------------------------------ tile
 
+// `back`: from the last step of the depth to the first.
 // `init` is added last: sums that began with it would be rounded to its size at every step. With few accumulators, steps of the depth go to two sets of them in turn: a multiply-add need not wait for the last.
 template <class Operand, int ROWS, int WIDTH>
-__attribute__((noinline)) void tile(int64_t depth, Product<Operand> product, const Operand* w) {
-  constexpr int64_t CELL = PER_CELL<Operand>, STEP = WIDTH * LANES * CELL;
+__attribute__((noinline)) void tile(int64_t depth, Product<Operand> product, const Operand* w, bool back) {
+  constexpr int64_t CELL = PER_CELL<Operand>, WEIGHTS = WIDTH * LANES * CELL;
   constexpr int SETS = ROWS * WIDTH <= 6 ? 2 : 1;
   const auto [a_begin, a_stride, init, init_stride, c, c_stride] = product;
-  const Operand* a = a_begin;
+  const Operand* a = back ? a_begin + (depth - 1) * CELL : a_begin;
+  const int64_t a_step = back ? -CELL : CELL, w_step = back ? -WEIGHTS : WEIGHTS;
+  if (back) w += (depth - 1) * WEIGHTS;
   Vec sums[SETS][ROWS][WIDTH];
   unrolled<SETS>([&](auto set) {
     unrolled<ROWS>([&](auto r) { unrolled<WIDTH>([&](auto v) { sums[set][r][v] = zero(); }); });
@@ -45,8 +48,8 @@ __attribute__((noinline)) void tile(int64_t depth, Product<Operand> product, con
       unrolled<WIDTH>(
           [&](auto v) { sums[set][r][v] = multiply_add(value, weights[v], sums[set][r][v], Operand{}); });
     });
-    a += CELL;
-    w += STEP;
+    a += a_step;
+    w += w_step;
   };
   int64_t k = 0;
   for (; k + SETS <= depth; k += SETS) unrolled<SETS>(step);
@@ -62,11 +65,11 @@ __attribute__((noinline)) void tile(int64_t depth, Product<Operand> product, con
 }
 
 template <class Operand, int WIDTH, int... ROWS>
-void tile_of_rows(int64_t rows, int64_t depth, const Product<Operand>& product, const Operand* w,
+void tile_of_rows(int64_t rows, int64_t depth, const Product<Operand>& product, const Operand* w, bool back,
                   std::integer_sequence<int, ROWS...>) {
-  using Tile = void (*)(int64_t, Product<Operand>, const Operand*);
+  using Tile = void (*)(int64_t, Product<Operand>, const Operand*, bool);
   static constexpr Tile TILES[] = {tile<Operand, ROWS + 1, WIDTH>...};
-  TILES[rows - 1](depth, product, w);
+  TILES[rows - 1](depth, product, w, back);
 }
 
 template <class Operand, int SHAPE>
@@ -86,7 +89,8 @@ void multiply_panels(int64_t rows, const Product<Operand>& product, const Packed
                                   product.c + row * product.c_stride + column,
                                   product.c_stride};
       tile_of_rows<Operand, shape.width>(std::min<int64_t>(shape.rows, rows - row), weights.depth, part,
-                                         panel, std::make_integer_sequence<int, shape.rows>{});
+                                         panel, rows == 1 && turn % 2,
+                                         std::make_integer_sequence<int, shape.rows>{});
     }
   }
 }
