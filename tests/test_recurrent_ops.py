@@ -88,7 +88,7 @@ def concede(monkeypatch, *modes, hidden=(0, 1e9), training=None):
 
 def forget_decisions():
     recurrent.FORWARD._choices.clear()
-    recurrent._decided.clear()
+    recurrent.decided.clear()
 
 
 @pytest.fixture

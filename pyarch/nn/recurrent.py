@@ -30,10 +30,14 @@ class _RecurrentDropIn(DropIn):
     """The one computation of the three classes."""
 
     def _run_on_kernels(self, input, hx):
-        call = _read(self, input, hx)
-        weights = None if call is None else _present_weights(self)
-        if weights is None or not _agree_in_dtype(call.rows, weights[0]):
-            return super().forward(input, hx)
+        weights = _present_weights(self)
+        like = None if weights is None else _likeness(self, input, hx, weights)
+        if recurrent.decided.get(like) is not None:
+            call = _read_again(self, input, hx)
+        else:
+            call = None if weights is None else _read(self, input, hx)
+            if call is None or not _agree_in_dtype(call.rows, weights[0]):
+                return super().forward(input, hx)
         output, h_n, c_n = recurrent.run(
             MODES[self.mode],
             call.rows,
@@ -46,6 +50,7 @@ class _RecurrentDropIn(DropIn):
             training=self.training,
             backend=self.requested_backend(),
             recompute=self.pyarch_config.recompute,
+            like=like,
         )
         states = h_n if c_n is None else (h_n, c_n)
         if call.batch_sizes is not None:
@@ -124,6 +129,46 @@ def _read(module: torch.nn.RNNBase, input, hx=None) -> _Call | None:
     return _Call(rows, states if batch else tuple(state.unsqueeze(1) for state in states), None)
 
 
+def _likeness(module: torch.nn.RNNBase, input, hx, weights: list[Tensor]) -> tuple | None:
+    """What a call on plain tensors has in common with those that were read and decided as it is, or None."""
+    given = plain_tensors(input, hx)
+    if given is None:
+        return None
+    return recurrent.likeness(
+        (*given, *weights),
+        MODES.get(module.mode),
+        module.requested_backend(),
+        type(hx),
+        module.num_layers,
+        module.bidirectional,
+        module.batch_first,
+        module.input_size,
+        module.hidden_size,
+        module.proj_size,
+    )
+
+
+def plain_tensors(input, hx) -> tuple | None:
+    """(input, *states) where both look like tensors, or states are a tuple, and nothing traces; else None."""
+    if torch.jit.is_tracing():
+        return None
+    if hx is None:
+        return (input,)
+    return (input, *hx) if type(hx) is tuple else (input, hx)
+
+
+def _read_again(module: torch.nn.RNNBase, input: Tensor, hx) -> _Call:
+    """A call that is like one read before."""
+    batched = input.dim() == 3
+    rows = input.unsqueeze(1) if not batched else input.transpose(0, 1) if module.batch_first else input
+    states = (hx,) if isinstance(hx, Tensor) else hx
+    if states is None:
+        states = zeros_of(_shapes(module, (rows.shape[1],)), rows)
+    elif not batched:
+        states = tuple(state.unsqueeze(1) for state in states)
+    return _Call(rows, states, None)
+
+
 def _read_packed(module: torch.nn.RNNBase, input: PackedSequence, hx) -> _Call | None:
     """The same for a packed sequence; given states are put in the order that it was sorted to."""
     rows, batch_sizes, order, _ = input
@@ -165,7 +210,7 @@ def states_of(hx, shapes: list[tuple[int, ...]], like: Tensor) -> tuple[Tensor, 
     Zeros where `hx` is None; None where it is anything else.
     """
     if hx is None:
-        return tuple(torch.zeros(*shape, dtype=like.dtype, device=like.device) for shape in shapes)
+        return zeros_of(shapes, like)
     given = (hx,) if len(shapes) == 1 else hx
     if not isinstance(given, tuple | list) or len(given) != len(shapes):
         return None
@@ -173,6 +218,10 @@ def states_of(hx, shapes: list[tuple[int, ...]], like: Tensor) -> tuple[Tensor, 
         if not isinstance(state, Tensor) or state.shape != shape:
             return None
     return tuple(given)
+
+
+def zeros_of(shapes: list[tuple[int, ...]], like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in shapes)
 
 
 def _described(input) -> str:

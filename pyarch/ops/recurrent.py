@@ -65,6 +65,7 @@ def run(
     training: bool,
     backend: str,
     recompute: bool = False,
+    like: tuple | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a stack of recurrent layers, differentiably.
 
@@ -77,6 +78,7 @@ def run(
         dropout: probability between layers, when `training`.
         backend: a backend's name or "auto".
         recompute: save no gates for the backward, which makes them again from the output.
+        like: what the caller found of the call with `likeness`, or None.
 
     Returns:
         output (T, B, D P) or (N, D P), h_n (L D, B, P), c_n (L D, B, H) or None.
@@ -92,8 +94,9 @@ def run(
         return run_stock(mode, input, hx, weights, batch_sizes, *settings)
 
     tensors = input, *hx, *weights
-    like = _likeness(tensors, mode, backend, num_layers, bidirectional) if batch_sizes is None else None
-    known = _decided.get(like)
+    if like is None and batch_sizes is None:
+        like = likeness(tensors, mode, backend, num_layers, bidirectional)
+    known = decided.get(like)
     if known is None:
         tensors = _as_autocast_casts(mode, tensors, batch_sizes is not None, False)
         if tensors is None or not _carries(mode, tensors, len(hx), batch_sizes, num_layers, bidirectional):
@@ -104,7 +107,7 @@ def run(
         kernels = [None] * num_layers
         if is_plain(tensors):
             kernels = _choose_kernels(mode, tensors[0], layers, batch_sizes, saves, backend)
-        known = _decided.remember(like, (kernels, saves))
+        known = decided.remember(like, (kernels, saves))
     kernels, saves = known
     if all(kernel is not None and kernel.name == "torch" for kernel in kernels):
         return stock()
@@ -162,14 +165,17 @@ def _saves(input: Tensor, layers: list[tuple]) -> list[bool]:
     return list(accumulate(own, or_))
 
 
-def _likeness(tensors: tuple[Tensor, ...], mode: str, backend: str, *others) -> tuple | None:
-    """What a plain eager call has in common with those that are decided as it is; None for any other call."""
+def likeness(tensors: Sequence[Tensor], mode: str, backend: str, *others) -> tuple | None:
+    """What a plain eager call has in common with those that are decided as it is; None for any other call.
+
+    Every other setting that a decision depends on is among `others`, each caller's own in kind and number.
+    """
     if not is_ordinary(tensors):
         return None
     return mode, settled_backend(backend), torch.is_grad_enabled(), *others, *map(_KIND, tensors)
 
 
-_decided = Decisions()
+decided = Decisions()
 _KIND = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 
@@ -189,19 +195,25 @@ def _choose_kernels(mode, input, layers, batch_sizes, saves, backend):
 
 
 def run_cell(
-    mode: str, input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], backend: str
+    mode: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    backend: str,
+    like: tuple | None = None,
 ) -> tuple[Tensor, ...]:
     """Run one step: (h,), for an lstm (h, c), each (B, H) or (H,).
 
     Args:
-        mode, backend: as of `run`, whose errors are raised.
+        mode, backend, like: as of `run`, whose errors are raised.
         input: (B, I) or (I,).
         hx: h, for an lstm also c, each (B, H) or (H,).
         weights: weight_ih, weight_hh, then bias_ih and bias_hh or neither.
     """
     tensors = input, *hx, *weights
-    like = _likeness(tensors, mode, backend, "cell")
-    known = _decided.get(like)
+    if like is None:
+        like = likeness(tensors, mode, backend, "cell")
+    known = decided.get(like)
     if known is None:
         tensors = _as_autocast_casts(mode, tensors, False, True)
         layer = None if tensors is None else _one_step(mode, tensors, len(hx))
@@ -212,7 +224,7 @@ def run_cell(
         kernel = None
         if is_plain(tensors):
             kernel = FORWARD.choose(describe(mode, step, states[0], own, None, save, cell=True), backend)
-        known = _decided.remember(like, (kernel, save))
+        known = decided.remember(like, (kernel, save))
     kernel, save = known
     if kernel is not None and kernel.name == "torch":
         return run_stock_cell(mode, input, hx, weights)

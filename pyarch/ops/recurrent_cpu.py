@@ -10,6 +10,9 @@ from torch import Tensor
 from pyarch import native
 from pyarch.reference.recurrent import GATES, SAVED_BLOCKS, Gradients, Result
 
+# Stands for what is not saved.
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
+
 
 def forward(
     mode: str,
@@ -30,8 +33,8 @@ def forward(
     h_n = torch.empty((directions, batch, width), dtype=dtype)
     c_n = None if c0 is None else torch.empty((directions, batch, hidden), dtype=dtype)
     saves_gates, saves_cells = save and SAVED_BLOCKS[mode] > 0, save and c0 is not None
-    gates = torch.empty((directions, count, 4 * hidden) if saves_gates else 0, dtype=dtype)
-    cells = torch.empty((directions, count, hidden) if saves_cells else 0, dtype=torch.float32)
+    gates = torch.empty((directions, count, 4 * hidden), dtype=dtype) if saves_gates else _NOTHING
+    cells = torch.empty((directions, count, hidden), dtype=torch.float32) if saves_cells else _NOTHING
     native.operators().recurrent_forward(
         output,
         h_n,
