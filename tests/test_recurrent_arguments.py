@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -302,3 +303,8 @@ def test_recurrent_torchs_error_inputs(backend, name):
             with pyarch.backend(backend):
                 outcomes = [said(lambda layer=layer, g=given: layer(*g.args, **g.kwargs)) for layer in layers]
         assert outcomes[0] == outcomes[1] and outcomes[1][0] == case.error_type.__name__
+
+
+def test_recurrent_number_of_layers_of_numpy_stays_on_our_kernels():
+    layer = pyarch.nn.GRU(4, 8, np.int64(1))
+    assert layer.explain(torch.randn(3, 2, 4)) == pyarch.nn.GRU(4, 8, 1).explain(torch.randn(3, 2, 4))

@@ -10,8 +10,8 @@ namespace pyarch {
 namespace {
 
 // Floats of input-side sums that are made at a time: they stay in the cache until they are read. Short calls make an
-// eighth of theirs.
-constexpr int64_t LEAST_CHUNK_FLOATS = 1 << 17, MOST_CHUNK_FLOATS = 1 << 18;
+// eighth of theirs, single sequences no fewer than they have in 128 steps of 1024 gates: each time packs weights anew.
+constexpr int64_t LEAST_CHUNK_FLOATS = 1 << 16, LEAST_OF_ONE = 1 << 17, MOST_CHUNK_FLOATS = 1 << 18;
 
 template <class T>
 class ForwardPass {
@@ -55,7 +55,8 @@ class ForwardPass {
     depth_ = Packed<Cell>::padded_depth(shape_.projected);
     width_ = panel_width<Cell>(plan_.most_rows, shape_.gates() * plan_.shards[0].gate_stride());
     in_place_ = std::is_same_v<T, float> && (shape_.saved() == 1 || args_.gates);
-    const int64_t floats = std::clamp(shape_.rows * GH / 8, LEAST_CHUNK_FLOATS, MOST_CHUNK_FLOATS);
+    const int64_t least = B == 1 ? LEAST_OF_ONE : LEAST_CHUNK_FLOATS;
+    const int64_t floats = std::clamp(shape_.rows * GH / 8, least, MOST_CHUNK_FLOATS);
     chunk_steps_ = std::clamp<int64_t>(floats / std::max<int64_t>(1, GH * B), 1, shape_.steps);
     for (int64_t d = 0; d < shape_.directions; ++d) {
       Direction& direction = directions_[d];

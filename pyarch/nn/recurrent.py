@@ -11,6 +11,7 @@ Two limits: torch.compile takes these classes into a graph, as torch's own, only
 
 from __future__ import annotations
 
+from numbers import Integral
 from operator import is_
 from types import NoneType
 from typing import NamedTuple
@@ -132,7 +133,7 @@ def _read(module: torch.nn.RNNBase, input, hx=None) -> _Call | None:
 def _likeness(module: torch.nn.RNNBase, input, hx, weights: list[Tensor]) -> tuple | None:
     """What a call on plain tensors has in common with those that were read and decided as it is, or None."""
     given = plain_tensors(input, hx)
-    if given is None:
+    if given is None or not _is_well_typed(module):
         return None
     return recurrent.likeness(
         (*given, *weights),
@@ -185,7 +186,8 @@ def _read_packed(module: torch.nn.RNNBase, input: PackedSequence, hx) -> _Call |
 
 def _is_well_typed(module: torch.nn.RNNBase) -> bool:
     """Whether torch's operators take the layer's settings; its constructor takes others too."""
-    return type(module.bidirectional) is bool and type(module.num_layers) is int
+    layers = type(module.num_layers)
+    return type(module.bidirectional) is bool and layers is not bool and issubclass(layers, Integral)
 
 
 def _fits(module: torch.nn.RNNBase, rows: Tensor) -> bool:
