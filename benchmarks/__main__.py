@@ -71,7 +71,7 @@ def add_suites(command: argparse.ArgumentParser, suites: tuple[str, ...]) -> Non
     how.add_argument("--threads", type=threads, help="of torch and every peer (default: torch's choice)")
     how.add_argument("--budget", type=seconds, metavar="SECONDS", help="timing of each pass of each case")
     how.add_argument(
-        "--patience", type=seconds, metavar="SECONDS", help="without a row before a case is given up"
+        "--patience", type=patience, metavar="SECONDS", help="without a row before a case is given up"
     )
     how.add_argument("--commit", help="the commit measured, where there is no git checkout")
     where = command.add_argument_group("where results go")
@@ -124,6 +124,10 @@ def threads(text: str) -> int:
 
 def seconds(text: str) -> float:
     return number(text, float, 0.0, "number of seconds")
+
+
+def patience(text: str) -> float:
+    return number(text, float, math.ulp(0.0), "number of seconds above 0")
 
 
 def ratio(text: str) -> float:

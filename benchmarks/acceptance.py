@@ -28,6 +28,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.acceptance_results import counts_of, list_unreached, print_table
+from benchmarks.watch import end
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("conv", "recurrent", "attention")
@@ -105,7 +106,7 @@ def steps_of(folder: Path, commit: str, suites_folder: Path) -> list[Step]:
     def suite(name: str) -> Step:
         file = str(suites_folder / f"{stem}-{name}.json")
         settings = ("--quick", "--device", "cuda", "--commit", commit, "--json", file)
-        return Step(name, ("-m", "benchmarks", name, *settings), 40, file)
+        return Step(name, ("-m", "benchmarks", name, *settings, "--patience", "20"), 40, file)
 
     sanitizer = str(folder / "sanitizer.json")
     return [
@@ -186,6 +187,9 @@ def limit_of(step: Step, options: argparse.Namespace, is_last: bool) -> float:
 
 def run_step(step: Step, limit: float, left: float, log: Path, rehearse: bool) -> dict:
     """One step's row; seconds of its own and of the whole run."""
+    if step.path:
+        # An earlier run's results are not this one's.
+        step.path.unlink(missing_ok=True)
     if left < 1:
         return row_of(step, "no time", 0.0, "")
     limit = min(limit, left)
@@ -193,9 +197,6 @@ def run_step(step: Step, limit: float, left: float, log: Path, rehearse: bool) -
     if step.told_limit:
         arguments += ("--limit", f"{max(limit - SPARE, 1):.0f}")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(step.environment)
-    if step.path:
-        # An earlier run's results are not this one's.
-        step.path.unlink(missing_ok=True)
     begin = time.monotonic()
     with open(log, "a+b") as output:
         start = output.seek(0, os.SEEK_END)
@@ -212,6 +213,10 @@ def run_step(step: Step, limit: float, left: float, log: Path, rehearse: bool) -
         )
         try:
             code = wait(process, limit)
+        except KeyboardInterrupt:
+            # It leads a session of its own: the terminal's Ctrl-C does not reach it.
+            ask_to_end(process)
+            raise
         finally:
             end(process)
         output.seek(start)
@@ -219,7 +224,6 @@ def run_step(step: Step, limit: float, left: float, log: Path, rehearse: bool) -
     outcome = (
         rehearsed(step, code, said) if rehearse else {0: "passed", None: "out of time"}.get(code, "failed")
     )
-    list_unreached(step.path)
     return row_of(step, outcome, time.monotonic() - begin, said)
 
 
@@ -235,24 +239,23 @@ def wait(process: subprocess.Popen, limit: float) -> int | None:
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
+        ask_to_end(process)
         return None
 
 
-def end(process: subprocess.Popen) -> None:
-    """Kill whatever is left of the process and of all that it started, so that the GPU is free."""
+def ask_to_end(process: subprocess.Popen) -> None:
+    """Give a process and what it started a while to write what they have."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
         pass
-    process.wait()
 
 
 def row_of(step: Step, outcome: str, seconds: float, said: str) -> dict:
+    list_unreached(step.path)
     counts = counts_of(step.path)
     return {
         "step": step.name,

@@ -19,8 +19,8 @@ def run(plans: list[Settings], machine: Machine, outputs: Outputs, demands: Dema
     """Measure the suites of all plans that have cases, print their tables, write the files, judge.
 
     Returns 0; 1 when a case failed or a demand is not met; 2 when no case was selected; 130 after Ctrl-C,
-    when the rows finished until then are printed and written. Raises ResultsError before anything is measured
-    when results to compare with cannot be read or do not compare, or a file cannot be written.
+    when the cases finished until then are printed and written. Raises ResultsError before anything is
+    measured when results to compare with cannot be read or do not compare, or a file cannot be written.
     """
     plans = [settings for settings in plans if task_names(settings)]
     if not plans:
@@ -28,9 +28,9 @@ def run(plans: list[Settings], machine: Machine, outputs: Outputs, demands: Dema
         return 2
     old = demands.old()
     outputs.prepare()
-    if old:
-        beforehand.refuse(old, plans, machine, demands.force)
     try:
+        if old:
+            beforehand.refuse(old, plans, machine, demands.force)
         return measured_and_judged(plans, machine, outputs, demands, old)
     except KeyboardInterrupt:
         print("interrupted: files that are not named above are not written", file=sys.stderr)

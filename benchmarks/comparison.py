@@ -1,8 +1,9 @@
 """Two runs beside each other: which rows moved, and whether a suite moved as a whole. Imports no torch.
 
 What is compared is the speedup over stock, a ratio of neighbours in time: absolute times drift on shared
-machines. Its 95 % interval tells how well one process knew it; processes differ by more, by how memory and
-threads were placed and what the neighbours did. With c the logarithm of new speedup over old,
+machines. Its interval reaches over the 95 % intervals of a row's visits, see benchmarks.visits; processes
+may differ by more, by how memory and threads were placed and what the neighbours did. With c the logarithm
+of new speedup over old,
 
     variance(c) = s_old^2 + s_new^2 + t^2,    s = (log high - log low) / (2 * 1.96)
 

@@ -14,8 +14,9 @@ from benchmarks.table import ceiling_words
 from pyarch.page import Axis, Bars, Facts, Page, Point, Scatter, Sheet
 
 INTRODUCTION = (
-    "Stock PyTorch and pyarch timed in turn in one process, call beside call. Where a speedup is below 1, "
-    "torch is faster, and the row says so."
+    "Stock PyTorch and pyarch timed in turn in one process, call beside call. Where several processes "
+    "measured a row, its times are of the first, its speedup of all. Where a speedup is below 1, torch is "
+    "faster, and the row says so."
 )
 TIMES_FASTER = Axis("times faster than torch", log=True)
 

@@ -102,7 +102,7 @@ def measure_variant(
 
     When the process dies within a case, or is killed because it gave no answer, a fresh one goes on with the
     next case. The one that it died in is measured again where peers may have been the cause, without them;
-    else its death becomes a row.
+    else its death becomes a row, as does one behind the last case.
     """
     first = 0
     while first < len(names):
@@ -110,10 +110,13 @@ def measure_variant(
         add_part(document, variant, part)
         if code == 0 or code in (INTERRUPTED, -signal.SIGINT):
             return code != 0
+        words = words_of_death(code, settings.patience)
+        if part["environment"] and part["next"] >= len(names):
+            document["rows"].append(failure_row("end", words) | variant)
+            return False
         died, first = (
             (names[part["next"]], part["next"] + 1) if part["environment"] else ("start", len(names))
         )
-        words = words_of_death(code, settings.patience)
         rows = []
         if part["environment"] and settings.peers:
             rows, interrupted = without_peers(settings, variant, died, environment, words)
@@ -129,15 +132,20 @@ def without_peers(
 ) -> tuple[list[dict], bool]:
     """The rows of a case from a process of its own, without peers, of which they say `words`.
 
-    None where that process dies too. The second result tells whether it was interrupted.
+    None where that process dies within the case too; where it dies behind it, that is a row more. The second
+    result tells whether it was interrupted.
     """
     alone = replace(settings, peers=(), only=tuple((case, name) for name in settings.chosen_passes))
     code, part = measuring_process(alone, variant, 0, environment)
     interrupted = code in (INTERRUPTED, -signal.SIGINT)
-    if code != 0 and not interrupted:
+    died = code != 0 and not interrupted
+    if died and not (part["environment"] and part["next"]):
         return [], False
     told = {"peers": {name: {"failure": words} for name in settings.peers}}
-    return [row if row.get("failure") else row | told for row in part["rows"]], interrupted
+    rows = [row if row.get("failure") else row | told for row in part["rows"]]
+    if died:
+        rows.append(failure_row("end", words_of_death(code, alone.patience)) | variant)
+    return rows, interrupted
 
 
 def words_of_death(code: int, patience: float) -> str:

@@ -18,6 +18,8 @@ LOSS_BELOW = 0.95
 LOSS_OVER_US = 15.0
 SWEEP_ROWS_SHOWN = 40
 BUSY_SHARE = 0.5
+# Below the rows that several processes measured.
+OF_VISITS = "times are of the first process, the speedup and its interval of all that measured the row"
 # What became of a peer without a time.
 PEER_KINDS = {"failure": "FAILED", "absent": "absent"}
 CEILINGS = {
@@ -35,6 +37,8 @@ def print_results(document: dict) -> None:
     shown = sorted(measured, key=worst_first)[:SWEEP_ROWS_SHOWN] if sweep else beside_each_other(measured)
     if shown:
         console.print(as_table(document, shown, console))
+    if any("visits" in row for row in shown):
+        console.print(OF_VISITS, markup=False)
     for row in failures:
         console.print(
             f"{'ABSENT' if row.get('absent') else 'FAILED'} {row['case']} "

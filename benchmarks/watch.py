@@ -6,9 +6,11 @@ other children end with it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,8 @@ NO_ANSWER = 256
 LOOK_SECONDS = 0.2
 # For a process that was told to end: what it has finished is in its file already.
 GRACE_SECONDS = 5.0
+# Of Linux's <sys/prctl.h>.
+PR_SET_PDEATHSIG = 1
 
 
 def watched(command: Sequence[str], environment: dict[str, str], signs: Path, patience: float) -> int:
@@ -67,7 +71,21 @@ def touched(file: Path) -> int | None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a process that still runs and its whole group."""
-    if process.poll() is None:
+    """Kill what is left of a process that leads a group, and of that group: children may outlive it."""
+    try:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when its parent dies, even by SIGKILL; on Linux alone.
+
+    A process that leads a group of its own would otherwise outlive a killed parent and keep its device.
+    """
+    if sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

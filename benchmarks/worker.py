@@ -1,8 +1,8 @@
 """The measuring process: runs the cases of a plan under the environment it was started with.
 
 benchmarks.run starts it: `python -m benchmarks.worker SETTINGS_JSON VARIANT_JSON RESULTS_PATH FIRST`. Before
-each case the results file is rewritten whole, naming that case: a crash or Ctrl-C keeps what was done. It is
-touched after each row: who waits knows that there is life.
+each case the results file is rewritten whole, naming that case: a crash or Ctrl-C keeps the finished cases.
+It is touched after each row: who waits knows that there is life.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks import results
 from benchmarks.plan import Settings, overhead_case, passes_of, selected_cases
 from benchmarks.progress import Progress
 from benchmarks.suites import Absent, WrongResult
-from benchmarks.watch import INTERRUPTED
+from benchmarks.watch import INTERRUPTED, end_with_parent
 
 # The peers that are packages of their own; the others are parts of torch.
 PACKAGES = {"onnxruntime", "openvino"}
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
                 progress.end(rows)
             document["next"] = len(tasks)
     except KeyboardInterrupt:
-        # Both the terminal and benchmarks.run may tell: what is finished is written in peace.
+        # Both the terminal and benchmarks.run may tell: the finished cases are written in peace.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return INTERRUPTED
     finally:
@@ -154,6 +154,7 @@ def failure_row(name: str, reason: str) -> dict:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     # What a shell starts in the background ignores Ctrl-C, which is how benchmarks.run ends this process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ import torch
 
 from pyarch import ops
 from tests.gpu_calls import BF16, FP32, on_gpu
+from tests.gpu_session import TIMEOUT
 
 BEYOND = 2**31
 # bfloat16 results of a sum of few products of drawn numbers, beside float32: a few roundings of 2^-8.
@@ -23,6 +24,8 @@ def large(gib: int):
             pytest.mark.parametrize("gpu_memory", [gib], indirect=True),
             pytest.mark.usefixtures("gpu_memory"),
             pytest.mark.unpoisoned,
+            # Waiting for the memory that other tests hold counts too; of several marks the closest acts.
+            pytest.mark.timeout(4 * TIMEOUT, method="thread"),
         ):
             test = each(test)
         return on_gpu(test)

@@ -141,6 +141,44 @@ def test_acceptance_tells_a_step_how_long_it_has(tmp_path, monkeypatch):
     assert "['--limit', '15']" in row["tail"]
 
 
+def test_acceptance_shows_no_results_of_an_earlier_run_where_there_is_no_time(tmp_path, monkeypatch):
+    (tmp_path / "old.jsonl").write_text('{"test": "a", "outcome": "passed"}\n')
+    step = Step("late", ("-c", "pass"), 20, str(tmp_path / "old.jsonl"))
+    _, (row,) = run([step], tmp_path, "--limit", "0", monkeypatch=monkeypatch)
+    assert row["outcome"] == "no time" and row["counts"] == {}
+
+
+def test_acceptance_keeps_what_an_interrupted_step_wrote(tmp_path, monkeypatch):
+    """Ctrl-C comes from within the step, which is then asked to end and counted as far as it came."""
+    log, asked = tmp_path / "tests.jsonl", tmp_path / "asked"
+    lines = [{"collected": ["a", "b"]}, {"test": "b", "outcome": "passed"}]
+    text = f"""
+import os, pathlib, signal, sys, time
+def told(*_):
+    pathlib.Path({str(asked)!r}).touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, told)
+pathlib.Path({str(log)!r}).write_text({"".join(json.dumps(line) + chr(10) for line in lines)!r})
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(60)
+"""
+    steps = [Step("tests", ("-c", text), 20, str(log)), Step("other", **script("pass"))]
+    code, rows = run(steps, tmp_path, monkeypatch=monkeypatch)
+    assert code == 1 and [row["outcome"] for row in rows] == ["interrupted"]
+    assert rows[0]["counts"] == {"passed": 1, "not reached": 1}
+    assert asked.exists()
+
+
+def test_acceptance_gives_a_hung_suite_up_before_its_time(tmp_path):
+    """So that the suite's other cases, and the file, are there when the time is over."""
+    from benchmarks.acceptance import SUITES
+
+    steps = {step.name: step for step in acceptance.steps_of(tmp_path, "0123456789abcdef", tmp_path)}
+    for name in SUITES:
+        arguments = steps[name].arguments
+        assert 0 < float(arguments[arguments.index("--patience") + 1]) < steps[name].limit
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_acceptance_rehearses_here(tmp_path, monkeypatch):

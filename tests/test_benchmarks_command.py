@@ -81,6 +81,7 @@ def test_every_peer_can_be_asked_for(plans):
         ("--threads 0", "'0' is no number of threads"),
         ("--threads two", "'two' is no number of threads"),
         ("--budget -1", "'-1' is no number of seconds"),
+        ("--patience 0", "'0' is no number of seconds above 0"),
         ("--fail-under nan", "'nan' is no ratio"),
         ("--force", "--force needs --compare"),
         ("--quick --full", "not allowed with argument"),
@@ -374,12 +375,27 @@ def test_planned_rows_are_those_that_are_measured(simulation, tmp_path):
 
 def test_a_machine_is_known_before_anything_is_measured(monkeypatch):
     """A process under the variables of the run tells what the results of such a run say."""
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.delenv("PYARCH_CPU_ISA", raising=False)
+    here = run.Machine(allocators=("default",), threads=torch.get_num_threads())
+    assert beforehand.identity("cpu", here) == environment.identity("cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     told = beforehand.identity("cpu", run.Machine(instruction_sets=("avx2",), threads=1))
     assert told["device"] == environment.device_slug("cpu", environment.cpu_facts())
     assert (told["threads"], told["torch_cpu_capability"]) == (1, "AVX2")
-    assert told.items() <= environment.identity("cpu").items() | told.items()
     assert set(told) == {name for name, _ in comparison.SAME}
+
+
+def test_ctrl_c_before_anything_is_measured_is_said(simulation, tmp_path, monkeypatch, capsys):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    old = tmp_path / "old.json"
+    assert main(["conv", "--json", str(old)]) == 0
+    monkeypatch.setattr(beforehand, "refuse", stop)
+    capsys.readouterr()
+    assert main(["conv", "--compare", str(old)]) == 130
+    assert capsys.readouterr().err.startswith("interrupted: ")
 
 
 def test_a_machine_without_a_gpu_is_said_before_anything(simulation, tmp_path, monkeypatch, capsys):

@@ -41,6 +41,19 @@ def test_a_goal_is_judged_by_all_visits():
     assert joined([row()], [row()])[0]["met"] is None
 
 
+def test_added_time_is_that_of_all_visits_and_so_is_its_goal():
+    def tiny(added: float) -> dict:
+        told = {"median": added, "low": added - 1, "high": added + 1}
+        goal = {"metric": "added_us", "value": 15.0}
+        return row() | {"added_us": told, "goal": goal, "met": added <= 15}
+
+    (lucky,) = joined([tiny(14.0)], [tiny(18.0)])
+    assert lucky["added_us"] == pytest.approx({"median": 16.0, "low": 13.0, "high": 19.0})
+    (unlucky,) = joined([lucky], [tiny(10.0)])
+    assert unlucky["added_us"] == pytest.approx({"median": 14.0, "low": 9.0, "high": 19.0})
+    assert (lucky["met"], unlucky["met"]) == (False, True)
+
+
 def test_rows_without_a_later_visit_stay_as_they_are():
     assert joined([row("a"), row("b")], [row("b")])[0] == row("a")
 
@@ -95,4 +108,4 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, visit, visits):
     document = {"environment": {}, "rows": []}
     assert run.visit_variant(Settings("conv"), VARIANT, ["a"], document, {}) is True
     (told,) = document["rows"]
-    assert len(done) == visit and (visits is None or len(told["visits"]) == visits)
+    assert len(done) == visit and len(told.get("visits", ())) == (visits or 0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -23,7 +26,7 @@ FOREVER = 600.0
 WITH_CHILD = "sleep 600 & echo $$ $! > {told}; wait"
 
 # Stands for benchmarks.worker without its imports: it goes through the cases and falls asleep in "b", as far
-# as it is asked for peers (`hangs`: "peers") or in any case ("always").
+# as it is asked for peers (`hangs`: "peers"), in any case ("always") or not; then it ends with `status`.
 SLEEPER = """
 import json, os, pathlib, subprocess, sys, time
 settings, path, first = json.loads(sys.argv[1]), sys.argv[3], int(sys.argv[4])
@@ -40,6 +43,7 @@ for number in range(first, len(names)):
     row |= {{side: {{"median_ms": 1.0}} for side in ("stock", "ours")}}
     document["rows"].append(row | {{"speedup": dict.fromkeys(("median", "low", "high"), 1.0)}})
 pathlib.Path(path).write_text(json.dumps(document | {{"next": len(names)}}))
+sys.exit({status})
 """
 
 
@@ -84,6 +88,49 @@ def test_a_process_that_gives_signs_may_take_longer_than_patience(tmp_path):
     assert watched(["/bin/sh", "-c", touching], dict(os.environ), signs, 1.5) == 5
 
 
+def test_children_of_a_process_that_ended_by_itself_end_too(tmp_path):
+    told = tmp_path / "told"
+    leaving = ["/bin/sh", "-c", f"sleep 600 & echo $$ $! > {told}; exit 3"]
+    assert watched(leaving, dict(os.environ), tmp_path / "signs", FOREVER) == 3
+    assert_all_gone(told)
+
+
+def assert_ends_with_its_parent(command: list[str], told: Path, sign: Path) -> None:
+    """Start the command from a process that is killed as soon as the command gives its sign."""
+    start = f"child = subprocess.Popen({command!r}, start_new_session=True)"
+    tell = f"pathlib.Path({str(told)!r}).write_text(f'{{os.getpid()}} {{child.pid}}')"
+    text = f"import os, pathlib, subprocess, time; {start}; {tell}; time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", text], cwd=watch.ROOT)
+    deadline = time.monotonic() + 60
+    while not (sign.exists() and told.exists()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    _, child = map(int, told.read_text().split())
+    try:
+        assert sign.exists()
+        assert_all_gone(told)
+    finally:
+        if is_running(child):
+            os.killpg(child, signal.SIGKILL)
+
+
+def test_a_process_can_ask_to_end_with_its_parent(tmp_path):
+    sign = tmp_path / "sign"
+    text = "import pathlib, time; from benchmarks.watch import end_with_parent; end_with_parent(); "
+    text += f"pathlib.Path({str(sign)!r}).touch(); time.sleep(600)"
+    assert_ends_with_its_parent([sys.executable, "-c", text], tmp_path / "told", sign)
+
+
+@pytest.mark.slow
+def test_a_measuring_process_ends_with_its_parent(tmp_path):
+    settings = Settings("conv", filter="16^3", passes=("fwd",), budget_seconds=300.0)
+    variant = json.dumps({"allocator": "default", "isa": "native"})
+    arguments = [settings.to_json(), variant, str(tmp_path / "rows.json"), "0"]
+    command = [sys.executable, *run.WORKER, *arguments]
+    assert_ends_with_its_parent(command, tmp_path / "told", tmp_path / "rows.json")
+
+
 def test_ctrl_c_ends_a_process_that_does_not_listen(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "GRACE_SECONDS", 0.2)
     told = tmp_path / "told"
@@ -101,9 +148,9 @@ def test_ctrl_c_ends_a_process_that_does_not_listen(tmp_path, monkeypatch):
 def sleeper(tmp_path, monkeypatch):
     """Let the measuring processes be SLEEPER; return what says how it hangs."""
 
-    def hang(how: str) -> Path:
+    def hang(how: str, status: int = 0) -> Path:
         told = tmp_path / "told"
-        script = SLEEPER.format(facts=list(run.VARIANT_FACTS), told=str(told), hangs=how)
+        script = SLEEPER.format(facts=list(run.VARIANT_FACTS), told=str(told), hangs=how, status=status)
         monkeypatch.setattr(run, "WORKER", ("-c", script))
         return told
 
@@ -135,6 +182,29 @@ def test_a_case_that_hangs_with_peers_is_measured_without_them(sleeper):
         None,
     ]
     assert_all_gone(told)
+
+
+def test_a_process_that_dies_behind_its_last_case_keeps_all_rows(sleeper):
+    sleeper("never", status=70)
+    rows = measured_rows(Settings("conv"))
+    assert [row["case"] for row in rows] == ["a", "b", "c", "end"]
+    words = "the measuring process ended with status 70"
+    assert [row.get("failure") for row in rows] == [None, None, None, words]
+
+
+def test_a_case_measured_without_peers_is_kept_where_its_process_dies_behind_it(sleeper):
+    sleeper("peers", status=70)
+    settings = Settings("conv", passes=("fwd",), peers=("openvino",), patience_seconds=2.0)
+    words = "the measuring process ended with status 70"
+    rows, interrupted = run.without_peers(settings, VARIANT, "b", dict(os.environ), "no answer")
+    assert [(row["case"], row.get("failure")) for row in rows] == [("b", None), ("end", words)]
+    assert rows[0]["peers"] == {"openvino": {"failure": "no answer"}} and not interrupted
+
+
+def test_a_case_that_dies_without_peers_too_has_no_rows(sleeper):
+    sleeper("always")
+    settings = Settings("conv", passes=("fwd",), peers=("openvino",), patience_seconds=1.0)
+    assert run.without_peers(settings, VARIANT, "b", dict(os.environ), "no answer") == ([], False)
 
 
 def test_patience_grows_with_what_is_timed():

@@ -147,6 +147,17 @@ def test_comparison_names_no_gain_where_pyarch_loses():
     assert losses[-1].settled
 
 
+def test_comparison_does_not_settle_that_there_is_no_gain():
+    rows = GRU.rows[0], Row(200, side(39.6), side(40, off=0.09))
+    (gain,) = (
+        each
+        for each in advise(replace(FOUND, compared=(replace(GRU, rows=rows),)))
+        if each.purpose == "largest gain by pyarch, training speed"
+    )
+    assert (gain.choice, gain.settled) == ("none", False)
+    assert gain.reason.startswith("torch over pyarch: GRU 0.99x (0.90x to 1.10x). A quiet machine")
+
+
 def test_comparison_does_not_advise_the_same_twice():
     assert "training speed, among recurrent layers" not in advice()
 
@@ -172,7 +183,8 @@ def test_comparison_does_not_settle_what_overlaps():
     assert first.reason == (
         "A training step: GRU 12 ms (11.9 ms to 12.1 ms) with pyarch, near 12.6 ms (12 ms to 13.2 ms) with "
         "pyarch. near may be from 1.01x faster to 1.11x slower than GRU. A quiet machine may "
-        "settle it; longer runs (--budget) know the spread better. GRU: its gradient falls below 1 % beyond 7 tokens. "
+        "settle it; longer runs (--budget) know the spread better. "
+        "GRU: its gradient falls below 1 % beyond 7 tokens. "
         "near: its gradient falls below 1 % beyond 7 tokens."
     )
     assert str(first).startswith("Training speed: GRU or near, not settled. A training step: ")

@@ -276,7 +276,7 @@ def _gains(comparison: Comparison) -> Iterator[Advice]:
             listed = ", ".join(f"{each.name} {_gain(each)}" for each in ranked)
             rivals = [each for each in others if overlap(first.gain_interval, each.gain_interval)]
             gains = [first, *rivals] if first.gain > 1 else []
-            settled = not gains or (first.gain_is_settled and not rivals)
+            settled = first.gain_is_settled and not (gains and rivals)
             reason = f"torch over pyarch: {listed}.{'' if settled else f' {TO_SETTLE}'}"
             name = f"largest gain by pyarch, {purpose.name}"
             yield Advice(name, _either(gains) if gains else "none", reason, settled)
