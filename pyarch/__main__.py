@@ -22,7 +22,11 @@ MAPS_OF_ONE, MAPS_OF_MANY = 4, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 1 where a verification failed, or 130 after Ctrl-C."""
+    """Run one command; returns the exit status: 0, 1 where a verification failed, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: 1, the user's model raised; 2, the arguments are not understood.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:

@@ -59,11 +59,16 @@ def is_in_context() -> bool:
 
 
 @contextmanager
-def answering(attend: Attend) -> Iterator[None]:
-    """Let `attend` answer this thread's calls of `answered`, for the block."""
+def answering(attend: Attend, *, also_ours: bool = False) -> Iterator[None]:
+    """Let `attend` answer this thread's plain calls in an `attention_context`, for the block.
+
+    Args:
+        attend: takes what torch's scaled_dot_product_attention does.
+        also_ours: whether it answers the calls of `answered` too, and takes what ours does.
+    """
     thread = get_ident()
     outer = _answers.get(thread)
-    _answers[thread] = attend
+    _answers[thread] = attend, also_ours
     try:
         yield
     finally:
@@ -74,13 +79,19 @@ def answering(attend: Attend) -> Iterator[None]:
 
 
 def answered(*args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
-    """`pyarch.ops.scaled_dot_product_attention`, or who answers in its stead while a model is watched."""
-    attend = _answers.get(get_ident()) if _answers else None
-    return (attend or scaled_dot_product_attention)(*args, **kwargs)
+    """`pyarch.ops.scaled_dot_product_attention`, or who answers ours too while a model is watched."""
+    attend, also_ours = _answer()
+    return (attend if also_ours else scaled_dot_product_attention)(*args, **kwargs)
+
+
+def _answer() -> tuple[Attend, bool]:
+    """Who answers this thread's plain calls, and whether ours too."""
+    answer = _answers.get(get_ident()) if _answers else None
+    return answer or (scaled_dot_product_attention, False)
 
 
 # By thread; empty but while somebody watches a model.
-_answers: dict[int, Attend] = {}
+_answers: dict[int, tuple[Attend, bool]] = {}
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -89,7 +100,8 @@ class _AttentionMode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         # torch.jit.trace records torch's operators alone.
         if func is stock and not torch.jit.is_tracing():
-            return answered(*args, **(kwargs or {}))
+            attend, _ = _answer()
+            return attend(*args, **(kwargs or {}))
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             # The same function; dynamo cannot trace the super() in this method when a mode calls it.
             func = torch.unflatten

@@ -190,10 +190,11 @@ class EndingInTheUsersError:
     """A block that runs the user's code: what that raises ends the command, shown from the user's file on.
 
     One line above the traceback says what was tried. An error that no file of the user's or of torch's is
-    part of is ours, and goes on as it is.
+    part of is ours, and goes on as it is. One of ours inside the model's run is cut too; its note says that
+    the swapped copy raised it.
 
     Args:
-        tried: that line, such as "calling net:build".
+        tried: that line, such as "making net:build".
 
     Raises:
         SystemExit: 1, after the traceback went to stderr.

@@ -219,7 +219,7 @@ def attention_maps(
     def attend_plainly(*args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
         name = running[-1]
         if not is_wanted(name):
-            return scaled_dot_product_attention(*args, **kwargs)
+            return scaled_dot_product_attention(**_without_dropout(args, kwargs))
         is_asked = kwargs.get("return_weights") is not None  # by a layer of transformers: those of each head
         output, weights = _attended_plainly(args, kwargs, heads or is_asked)
         keep(name, weights if heads or not is_asked else weights.mean(1))
@@ -229,7 +229,7 @@ def attention_maps(
     for module in names:
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, always_call=True)
-    with same_randomness(), torch.no_grad(), answering(attend_plainly):
+    with same_randomness(), torch.no_grad(), answering(attend_plainly, also_ours=True):
         copied(*args, **kwargs)
     _check_ran(list(dict.fromkeys(ran)), wanted or ())
     return AttentionMaps({key: each for name, maps in found.items() for key, each in _numbered(name, maps)})
@@ -300,12 +300,17 @@ def _weights_of_layer(module: nn.MultiheadAttention, given: tuple, heads: bool) 
 
 def _attended_plainly(args: tuple, kwargs: Mapping, heads: bool) -> tuple[Tensor, Tensor]:
     """Output, and weights with one dimension for the batch, of a plain call; without its dropout."""
-    given = inspect.signature(scaled_dot_product_attention).bind(*args, **kwargs).arguments
-    given.update(dropout_p=0.0, return_weights="heads" if heads else "mean")
-    output, weights = scaled_dot_product_attention(**given)
+    given = _without_dropout(args, kwargs)
+    output, weights = scaled_dot_product_attention(**given | {"return_weights": "heads" if heads else "mean"})
     rank = given["query"].dim()
     if rank == 2:
         return output, weights[None, None] if heads else weights[None]
     if rank == 3:
         return output, weights[:, None] if heads else weights
     return output, weights.flatten(0, rank - 4)
+
+
+def _without_dropout(args: tuple, kwargs: Mapping) -> dict[str, object]:
+    """The arguments of a plain call by their names."""
+    given = inspect.signature(scaled_dot_product_attention).bind(*args, **kwargs).arguments
+    return given | {"dropout_p": 0.0}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,20 @@ def run(
 
 
 @dataclass(frozen=True)
+class NotingErrors:
+    """A block whose errors, of any class, get a note of which copy raised them: the traceback may not say."""
+
+    note: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            error.add_note(self.note)
+
+
+@dataclass(frozen=True)
 class EndToEnd:
     """A whole model compared.
 
@@ -102,17 +118,14 @@ def compare_end_to_end(ours: Results, stocks: list[Results], reference: Results)
     that.
     """
     missing = _keep_shared([ours, *stocks, reference])
-    outputs = _errors([each.outputs for each in stocks], reference.outputs)
-    gradients = _errors([each.gradients for each in stocks], reference.gradients)
+    outputs = _stocks([each.outputs for each in stocks], reference.outputs)
+    gradients = _stocks([each.gradients for each in stocks], reference.gradients)
     scales = _layer_scales(reference.gradients)
     output_noise = _noise(outputs, reference.outputs, {})
     gradient_noise = _noise(gradients, reference.gradients, scales)
-    first, kinks = stocks[0], True
     return EndToEnd(
-        _compare(ours.outputs, first.outputs, outputs, reference.outputs, {}, output_noise),
-        _compare(
-            ours.gradients, first.gradients, gradients, reference.gradients, scales, gradient_noise, kinks
-        ),
+        _compare(ours.outputs, outputs, reference.outputs, {}, output_noise),
+        _compare(ours.gradients, gradients, reference.gradients, scales, gradient_noise, kinks=True),
         max(output_noise, gradient_noise),
         any(scale(each) > 0 for each in reference.gradients.values()),
         missing,
@@ -125,12 +138,12 @@ def compare_layer(
     """Outputs and gradients of one layer by itself: the rule as it stands."""
     _keep_shared([ours, stock, reference])
     largest = max((scale(each) for each in reference.gradients.values()), default=0.0)
-    outputs = _errors([stock.outputs], reference.outputs)
-    gradients = _errors([stock.gradients], reference.gradients)
+    outputs = _stocks([stock.outputs], reference.outputs)
+    gradients = _stocks([stock.gradients], reference.gradients)
     scales = dict.fromkeys(reference.gradients, largest)
     return (
-        _compare(ours.outputs, stock.outputs, outputs, reference.outputs, {}),
-        _compare(ours.gradients, stock.gradients, gradients, reference.gradients, scales),
+        _compare(ours.outputs, outputs, reference.outputs, {}),
+        _compare(ours.gradients, gradients, reference.gradients, scales),
     )
 
 
@@ -147,21 +160,57 @@ def _keep_shared(runs: list[Results]) -> list[str]:
     return missing
 
 
-def _errors(stocks: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> dict[str, float]:
-    return {name: max(error(stock[name], wanted) for stock in stocks) for name, wanted in reference.items()}
+@dataclass(frozen=True)
+class _Stock:
+    """What torch's own runs say of one tensor.
+
+    Args:
+        known: the places where all of them and the reference are finite, or not in the same way. Elsewhere
+            torch's own overflows, or float64 is not defined, and there is nothing to hold ours to.
+        error: the largest of their errors in these places.
+    """
+
+    known: Tensor
+    error: float
 
 
-def _noise(errors: dict[str, float], reference: dict[str, Tensor], scales: dict[str, float]) -> float:
+def _stocks(stocks: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> dict[str, _Stock]:
+    return {name: _stock([stock[name] for stock in stocks], wanted) for name, wanted in reference.items()}
+
+
+def _stock(results: list[Tensor], wanted: Tensor) -> _Stock:
+    if any(result.shape != wanted.shape for result in results):
+        return _Stock(torch.ones_like(wanted, dtype=torch.bool), float("inf"))
+    known = torch.stack([_agree_on_being_finite(result, wanted) for result in results]).all(0)
+    return _Stock(known, max(_known_error(result, wanted, known) for result in results))
+
+
+def _agree_on_being_finite(result: Tensor, wanted: Tensor) -> Tensor:
+    """Where both are finite, both NaN, or both the same infinity."""
+    not_finite = (result.isnan() & wanted.isnan()) | (result.isinf() & (result == wanted))
+    return (result.isfinite() & wanted.isfinite()) | not_finite
+
+
+def _known_error(result: Tensor, wanted: Tensor, known: Tensor) -> float:
+    """The error in the known places; infinite for a tensor of another shape."""
+    if result.shape != wanted.shape:
+        return float("inf")
+    return error(torch.where(known, result.double(), wanted.double()), wanted)
+
+
+def _noise(stocks: dict[str, _Stock], reference: dict[str, Tensor], scales: dict[str, float]) -> float:
+    """The worst relative error of torch's own; a tensor whose error has no measure says nothing of others."""
     relative = (
-        errors[name] / (scale(wanted, scales.get(name, 0.0)) or 1.0) for name, wanted in reference.items()
+        stocks[name].error / (scale(wanted, scales.get(name, 0.0)) or 1.0)
+        for name, wanted in reference.items()
+        if math.isfinite(stocks[name].error)
     )
     return max(relative, default=0.0)
 
 
 def _compare(
     ours: dict[str, Tensor],
-    stock: dict[str, Tensor],
-    errors: dict[str, float],
+    stocks: dict[str, _Stock],
     reference: dict[str, Tensor],
     scales: dict[str, float],
     noise: float = 0.0,
@@ -169,13 +218,27 @@ def _compare(
 ) -> list[Comparison]:
     comparisons = []
     for name, wanted in reference.items():
-        dtype, layer_scale = ours[name].dtype, scales.get(name, 0.0)
-        limit = allowed(errors[name], wanted, dtype, layer_scale, noise)
+        dtype, layer_scale, stock = ours[name].dtype, scales.get(name, 0.0), stocks[name]
+        limit = allowed(stock.error, wanted, dtype, layer_scale, noise)
         if kinks:
             limit = max(limit, torch.finfo(dtype).eps ** 0.5 * scale(wanted, layer_scale))
-        nan = stock[name].isnan().sum().item() / max(1, stock[name].numel())
-        comparisons.append(Comparison(name, error(ours[name], wanted), errors[name], limit, nan))
+        nan = stock.known & wanted.isnan()
+        comparisons.append(
+            Comparison(
+                name,
+                _known_error(ours[name], wanted, stock.known),
+                stock.error,
+                limit,
+                nan=_share(nan),
+                left_out=_share(~stock.known),
+                is_hollow=wanted.numel() > 0 and not (stock.known & ~nan).any().item(),
+            )
+        )
     return comparisons
+
+
+def _share(places: Tensor) -> float:
+    return places.sum().item() / max(1, places.numel())
 
 
 def _layer_scales(gradients: dict[str, Tensor]) -> dict[str, float]:

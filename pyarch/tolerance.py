@@ -33,13 +33,15 @@ def floor(reference: Tensor, dtype: torch.dtype, layer_scale: float = 0.0) -> fl
 
 
 def error(result: Tensor, reference: Tensor) -> float:
-    """The largest absolute difference to the float64 reference; infinite where a NaN is misplaced."""
+    """The largest absolute difference to the float64 reference; infinite where NaN or inf is misplaced."""
     result, reference = result.detach().double(), reference.detach().double()
     if result.shape != reference.shape:
         return float("inf")
     same = (result == reference) | (result.isnan() & reference.isnan())
     difference = torch.where(same, 0.0, (result - reference).abs())
-    return difference.nan_to_num(nan=float("inf")).max().item() if result.numel() else 0.0
+    return (
+        difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item() if result.numel() else 0.0
+    )
 
 
 def allowed(

@@ -27,16 +27,17 @@ from pyarch.layer_work import work_of
 from pyarch.nested import Arguments, as_arguments, floating_tensors, in_dtype, map_tensors, positional
 from pyarch.nn.drop_in import DropIn
 from pyarch.observation import PLAIN_ATTENTION, Observed, observing
-from pyarch.passes import Cotangents, EndToEnd, compare_end_to_end, compare_layer, run
+from pyarch.passes import Cotangents, EndToEnd, NotingErrors, compare_end_to_end, compare_layer, run
 from pyarch.swap import SDPA_HINT, checked_model, swap
 from pyarch.timing import time_passes
-from pyarch.verify_nan import consequence_of_nan, named_comparisons, where_nan
+from pyarch.verify_nan import consequence_of_nan, lacks_numbers, named_comparisons, where_no_number
 from pyarch.verify_report import Ceilings, Comparison, LayerResult, VerifyReport
 
 KERNELS = frozenset(dispatch.BACKENDS) - {"torch", "reference"}
 # Beyond this relative error of torch's own the comparison end to end says little.
 LOUD = 0.1
 MOST_PROBLEMS_LISTED = 10
+BY_OURS = "raised by the swapped copy of the {}; torch's own ran"
 
 
 @dataclass(frozen=True)
@@ -150,17 +151,10 @@ def _end_to_end(
     stocks.append(run(jitter(duplicate(stock)), arguments, cotangents, wish.backward))
     dtype = wish.reference_dtype
     reference_model = make_dtype(duplicate(stock), dtype)
-    try:
+    with NotingErrors(f"raised by the copy of the model in {dtype}, which verify compares with"):
         reference = run(reference_model, arguments, cotangents, wish.backward, in_dtype(dtype))
-    except (RuntimeError, TypeError, ValueError) as error:
-        error.add_note(f"raised by the copy of the model in {dtype}, which verify compares with")
-        raise
-    try:
-        with observing(swapped_layers(ours)) as observed:
-            mine = run(ours, arguments, cotangents, wish.backward)
-    except (RuntimeError, TypeError, ValueError) as error:
-        error.add_note("raised by the swapped copy of the model; torch's own ran")
-        raise
+    with NotingErrors(BY_OURS.format("model")), observing(swapped_layers(ours)) as observed:
+        mine = run(ours, arguments, cotangents, wish.backward)
     return compare_end_to_end(mine, stocks, reference), observed
 
 
@@ -199,7 +193,8 @@ def _alone(
         cotangents = Cotangents()
         with observed.autocast():
             stock = run(duplicate(stock_layer), observed.arguments, cotangents, wish.backward)
-            mine = run(duplicate(layer), observed.arguments, cotangents, wish.backward)
+            with NotingErrors(BY_OURS.format(f"layer {name!r}")):
+                mine = run(duplicate(layer), observed.arguments, cotangents, wish.backward)
             exact = make_dtype(duplicate(stock_layer), wish.reference_dtype)
             cast = in_dtype(wish.reference_dtype)
             reference = run(exact, observed.arguments, cotangents, wish.backward, cast)
@@ -236,20 +231,19 @@ def _problems(layers: tuple[LayerResult, ...], end_to_end: EndToEnd, backward: b
         ]
     consequence = consequence_of_nan(layers, end_to_end, backward)
     if consequence:
-        found.insert(0, f"{where_nan(layers, end_to_end)}; {consequence}")
+        found.insert(0, "; ".join([*where_no_number(layers, end_to_end), consequence]))
     found += [f"{name}: present in one run, missing in another" for name in end_to_end.missing]
     if not end_to_end.outputs:
         found.append("the model returned no floating tensor to compare")
-    if backward and not end_to_end.any_gradient and not any(each.nan for each in end_to_end.gradients):
+    if backward and not end_to_end.any_gradient and not lacks_numbers(end_to_end.gradients):
         found.append("no gradient is different from zero, so the backward is not proven")
     return found
 
 
 def _notes(layers: tuple[LayerResult, ...], end_to_end: EndToEnd, backward: bool) -> list[str]:
     notes = []
-    where = where_nan(layers, end_to_end)
-    if where and not consequence_of_nan(layers, end_to_end, backward):
-        notes.append(where)
+    if not consequence_of_nan(layers, end_to_end, backward):
+        notes += where_no_number(layers, end_to_end)
     if end_to_end.noise > LOUD:
         notes.append(
             f"torch's own error reaches {end_to_end.noise:.0%} of the largest value: "

@@ -20,7 +20,10 @@ class Comparison:
         error: of the swapped model.
         stock_error: of torch's own, in the same dtype.
         allowed: the largest error that the tolerance rule grants.
-        nan: the share of torch's own values that are NaN; of these only the places are compared.
+        nan: the share of values that are NaN in torch's own and in float64; of these only the places are
+            compared.
+        left_out: the share that is not compared: there torch's own overflows, or float64 alone gives NaN.
+        is_hollow: whether these two are all of it, so that there is no number to compare.
     """
 
     name: str
@@ -28,22 +31,20 @@ class Comparison:
     stock_error: float
     allowed: float
     nan: float = 0.0
+    left_out: float = 0.0
+    is_hollow: bool = False
 
     @property
     def ratio(self) -> float:
         """The error in units of the allowed one: at most 1 where the rule is kept."""
-        if self.error <= self.allowed:
+        if self.kept:
             return self.error / self.allowed if self.allowed else 0.0
-        return self.error / self.allowed if self.allowed else float("inf")
+        return self.error / self.allowed if 0 < self.allowed < math.inf else math.inf
 
     @property
     def kept(self) -> bool:
-        return self.error <= self.allowed
-
-    @property
-    def is_hollow(self) -> bool:
-        """Whether there is no number to compare: torch's own are all NaN, or are where float64's are not."""
-        return self.nan == 1 or (self.nan > 0 and math.isinf(self.stock_error))
+        """Whether the rule is kept; an infinite tolerance, of torch's own in another shape, says nothing."""
+        return self.error <= self.allowed < math.inf
 
     def __str__(self) -> str:
         errors = f"error {self.error:.2e}, torch's own {self.stock_error:.2e}"

@@ -346,7 +346,7 @@ def test_attention_jagged_explains_memory_of_other_lengths_and_widths():
     verdicts = decoder().explain(jagged(sequences()), jagged(memories()), tgt_is_causal=True)
     assert list(verdicts) == ["forward", "backward", "forward, memory", "backward, memory"]
     assert all(any(each.accepts for each in of_pass) for of_pass in verdicts.values())
-    with pytest.raises(NotImplementedError, match="3 sequences in query and 2 in key"):
+    with pytest.raises(NotImplementedError, match="3 sequences in tgt and 2 in memory"):
         decoder().explain(jagged(sequences()), jagged(sequences((3, 7))))
 
 
@@ -367,3 +367,22 @@ def test_attention_jagged_explains_no_call_that_it_refuses():
     model = layer(dropout=0.1)
     with pytest.raises(NotImplementedError, match="dropout 0.1 in training"):
         model.explain(jagged(sequences()))
+
+
+def test_attention_jagged_layers_explain_in_the_words_of_the_call():
+    x, memory, mask = jagged(sequences()), jagged(memories()), torch.zeros(9, 9)
+    hooked = nn.Sequential(layer(stock=True))
+    pyarch.swap(hooked, rules={"0": pyarch.Config(window=2)})
+    hooked[0].self_attn.register_forward_hook(lambda *call: None)
+    calls = [
+        (layer(), (x, mask)),
+        (hooked[0], (x,)),
+        (decoder(), (x, memory, mask)),
+        (decoder(), (x, memory, None, mask)),
+    ]
+    for model, given in calls:
+        with pytest.raises(NotImplementedError) as of_call:
+            model(*given)
+        with pytest.raises(NotImplementedError) as of_explain:
+            model.explain(*given)
+        assert str(of_call.value) == str(of_explain.value)

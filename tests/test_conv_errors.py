@@ -103,8 +103,8 @@ def test_conv_errors_of_wrong_types_are_type_errors(input, settings):
 
 @pytest.mark.parametrize("bias", [1, [1.0] * 8])
 def test_conv_errors_of_a_bias_that_is_no_tensor_are_torchs(bias):
-    def run(function, **settings):
-        return failure_of(lambda: function(ones(1, 8, 5, 5), ones(8, 1, 3, 3), bias, **settings))
+    def run(function):
+        return failure_of(lambda: function(ones(1, 8, 5, 5), ones(8, 1, 3, 3), bias))
 
     (kind, text), (found, ours) = run(F.conv2d), run(depthwise_conv)
     assert found is kind is TypeError and ours.partition(" - got")[0] == text.partition(" - got")[0]

@@ -8,7 +8,13 @@ import torch
 import pyarch
 from pyarch import dispatch
 from pyarch.ops import conv
-from pyarch.ops.conv_measured import EMERALD_RAPIDS, ZEN_5, backward_concessions, forward_concessions
+from pyarch.ops.conv_measured import (
+    EMERALD_RAPIDS,
+    ZEN_5,
+    _concessions,
+    backward_concessions,
+    forward_concessions,
+)
 
 OPERATOR = "depthwise_conv"
 
@@ -74,10 +80,10 @@ def test_conv_concedes_nothing_on_a_gpu():
     assert not list(forward_concessions(call(96, 56, 4, channels_last=True)._replace(device="cuda")))
 
 
-@pytest.mark.parametrize("architecture", ["avx512", "amx"])
-def test_conv_gives_one_reason_a_call(architecture):
-    described = call(8, 20, 5, channels_last=True, dimensions=3)._replace(architecture=architecture)
-    assert len(list(forward_concessions(described))) == 1
+@pytest.mark.parametrize("regions", [ZEN_5, EMERALD_RAPIDS])
+def test_conv_gives_one_reason_a_call(regions):
+    described = call(8, 20, 5, channels_last=True, dimensions=3)
+    assert len(list(_concessions(described, regions * 2))) == 1
 
 
 @pytest.mark.parametrize("regions", [ZEN_5, EMERALD_RAPIDS])

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -276,3 +277,14 @@ def test_conv_takes_settings_that_are_lists():
     with torch.no_grad():
         torch.testing.assert_close(ours(signal), stock(signal))
     assert ours.explain(signal)["forward"]
+
+
+@pytest.mark.operator("depthwise_conv", "auto")
+def test_conv_settings_of_numpy_stay_on_our_kernels():
+    one, two = np.int64(1), np.int64(2)
+    ours = pyarch.nn.Conv2d(16, 16, 3, (two, one), (one, two), (one, two), groups=16)
+    plain = pyarch.nn.Conv2d(16, 16, 3, (2, 1), (1, 2), (1, 2), groups=16)
+    plain.load_state_dict(ours.state_dict())
+    signal = torch.randn(2, 16, 9, 9)
+    assert ours.explain(signal) == plain.explain(signal) and len(ours.explain(signal)["forward"]) > 1
+    assert torch.equal(ours(signal), plain(signal))

@@ -528,3 +528,13 @@ def test_transformers_maps_of_another_implementation_say_what_to_do():
             ValueError, match=r"set_attn_implementation\(\"pyarch\"\), or its own output_attentions"
         ):
             pyarch.attention_maps(CASES[6].build(implementation), named_inputs(CASES[6]))
+
+
+def test_transformers_model_swapped_with_sdpa_is_verified_and_explained(registered):
+    """Who watches plain calls is not given those of transformers' layers, which say more than torch's."""
+    config = transformers.BertConfig(**TEXT, attn_implementation="pyarch")
+    model, tokens = transformers.BertModel(config).eval(), torch.randint(3, VOCABULARY, (2, T))
+    pyarch.swap(model, sdpa=True, min_swaps=0)
+    report = pyarch.verify(model, {"input_ids": tokens}, timing=False)
+    assert all(each.kept for each in (*report.outputs, *report.gradients))
+    assert pyarch.explain(model, {"input_ids": tokens}).never_called

@@ -212,6 +212,18 @@ def test_maps_are_without_dropout():
     assert layer.dropout == 0.5
 
 
+def test_maps_of_some_layers_leave_the_others_without_dropout():
+    class Dropping(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x, None, 0.9)
+
+    model, x = nn.Sequential(Dropping(), Dropping()), torch.randn(2, 3, 6, 8)
+    pyarch.swap(model, sdpa=True)
+    everything, last = pyarch.attention_maps(model, x), pyarch.attention_maps(model, x, layers="1")
+    assert list(last) == ["1"]
+    torch.testing.assert_close(last["1"], everything["1"])
+
+
 def test_maps_mean_is_the_mean_of_the_heads():
     model, x = Mixed(), tokens()
     pyarch.swap(model, sdpa=True)

@@ -452,17 +452,33 @@ def test_verify_says_which_copy_failed():
     assert "copy of the model in torch.float64" in raised.value.__notes__[0]
 
 
-def test_verify_says_when_only_the_swapped_copy_failed(kernel):
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError])
+def test_verify_says_when_only_the_swapped_copy_failed(kernel, kind):
     def failing(output):
-        raise RuntimeError("out of kernels")
+        raise kind("out of kernels")
 
     kernel(forward=failing)
-    with pytest.raises(RuntimeError, match="out of kernels") as raised:
+    with pytest.raises(kind, match="out of kernels") as raised:
         verified(net(), image())
     assert raised.value.__notes__ == ["raised by the swapped copy of the model; torch's own ran"]
 
 
 # -------------------------------------------------------------------------------- the report
+
+
+def test_verify_says_when_only_a_swapped_layer_by_itself_failed(kernel):
+    calls = []
+
+    def failing_later(output):
+        calls.append(output)
+        if len(calls) > 1:
+            raise KeyError("out of kernels")
+        return output
+
+    kernel(forward=failing_later)
+    with pytest.raises(KeyError, match="out of kernels") as raised:
+        verified(nn.Sequential(depthwise()), image())
+    assert raised.value.__notes__ == ["raised by the swapped copy of the layer '0'; torch's own ran"]
 
 
 def test_verify_report_as_table_and_json(kernel):
@@ -477,6 +493,8 @@ def test_verify_report_as_table_and_json(kernel):
         "stock_error",
         "allowed",
         "nan",
+        "left_out",
+        "is_hollow",
     }
 
 

@@ -135,7 +135,10 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         average_attn_weights=True,
         is_causal=False,
     ) -> dict[str, tuple[Verdict, ...]]:
-        """What each backend says of a call, for "forward" and "backward"."""
+        """What each backend says of a call, for "forward" and "backward".
+
+        Of jagged nested tensors masks and `need_weights`, which the call refuses, are not judged.
+        """
         if is_jagged(query):
             return explain_jagged(self, query, key, value, config_of(self), is_causal)
         is_fused = is_fused_by_torch(self, query, key, value, key_padding_mask, attn_mask)

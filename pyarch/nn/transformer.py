@@ -222,6 +222,8 @@ class TransformerEncoderLayer(_TransformerDropIn, nn.TransformerEncoderLayer):
     ) -> dict[str, tuple[Verdict, ...]]:
         """What each backend says of the attention of a call, for "forward" and "backward"."""
         if is_jagged(src):
+            masks = src_mask, src_key_padding_mask
+            _refuse_jagged(self, self.self_attn, (src, src, src), masks, ("src",) * 3, "is_causal")
             return explain_jagged(
                 self.self_attn, src, src, src, _attention_config(self, self.self_attn), is_causal
             )
@@ -316,10 +318,7 @@ class TransformerDecoderLayer(_TransformerDropIn, nn.TransformerDecoderLayer):
         memory_is_causal: bool,
     ) -> Tensor:
         """The layer over jagged nested tensors of as many sequences, all of it on rows without padding."""
-        of_memory = tgt, memory, memory
-        named = ("tgt",) * 3, ("tgt", "memory", "memory")
-        _refuse_jagged(self, self.multihead_attn, of_memory, masks[1], named[1], "memory_is_causal")
-        _refuse_jagged(self, self.self_attn, (tgt, tgt, tgt), masks[0], named[0], "tgt_is_causal")
+        self._refuse_jagged_call(tgt, memory, masks)
 
         def attended(rows: Tensor) -> Tensor:
             return self._attended_rows(self.self_attn, rows, tgt, None, tgt_is_causal)
@@ -328,6 +327,15 @@ class TransformerDecoderLayer(_TransformerDropIn, nn.TransformerDecoderLayer):
             return self._attended_rows(self.multihead_attn, rows, tgt, memory, memory_is_causal)
 
         return as_jagged(self._steps(tgt.values(), attended, attended_memory), tgt)
+
+    def _refuse_jagged_call(
+        self, tgt: Tensor, memory: Tensor, masks: tuple[tuple[Tensor | None, Tensor | None], ...]
+    ) -> None:
+        """Raise NotImplementedError for what either attention does not compute; masks as `_over_jagged`."""
+        of_memory = tgt, memory, memory
+        named = ("tgt",) * 3, ("tgt", "memory", "memory")
+        _refuse_jagged(self, self.multihead_attn, of_memory, masks[1], named[1], "memory_is_causal")
+        _refuse_jagged(self, self.self_attn, (tgt, tgt, tgt), masks[0], named[0], "tgt_is_causal")
 
     def _steps(
         self, x: Tensor, attended: Callable[[Tensor], Tensor], attended_memory: Callable[[Tensor], Tensor]
@@ -360,6 +368,8 @@ class TransformerDecoderLayer(_TransformerDropIn, nn.TransformerDecoderLayer):
         module, of_itself = self.multihead_attn, _attention_config(self, self.self_attn)
         of_memory = _attention_config(self, module)
         if is_jagged(tgt) or is_jagged(memory):
+            masks = (tgt_mask, tgt_key_padding_mask), (memory_mask, memory_key_padding_mask)
+            self._refuse_jagged_call(tgt, memory, masks)
             itself = explain_jagged(self.self_attn, tgt, tgt, tgt, of_itself, tgt_is_causal)
             beside = explain_jagged(module, tgt, memory, memory, of_memory, memory_is_causal)
             return itself | _of_memory(beside)

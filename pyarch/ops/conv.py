@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -371,7 +372,7 @@ def _pairs_when_valid(
         return None
     kernel = weight_shape[2:]
     sizes = (*stride, *dilation, *(() if isinstance(padding, str) else padding))
-    if any(type(each) not in (int, torch.SymInt) for each in sizes):
+    if not all(map(_is_size, map(type, sizes))):
         return None
     if isinstance(padding, str):
         if padding not in ("valid", "same") or (padding == "same" and any(s != 1 for s in stride)):
@@ -391,6 +392,11 @@ def _pairs_when_valid(
         )
     )
     return pairs if fits else None
+
+
+def _is_size(kind: type) -> bool:
+    """Whether torch reads values of a class as whole numbers: int's and numpy's, but no bool."""
+    return kind in (int, torch.SymInt) or (kind is not bool and issubclass(kind, Integral))
 
 
 @lru_cache(maxsize=4096)
