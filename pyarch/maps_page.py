@@ -41,8 +41,8 @@ def page_maps(model: nn.Module, inputs: object, layers: int = 4, heads: int = 8)
         layers, heads: the most that are kept.
 
     Returns:
-        PageMaps: empty for a model without attention of pyarch, or with that of transformers' layers alone; with
-        only a note where its attention did not run, gives no weights, or would give too many to hold.
+        PageMaps: empty for a model without attention of pyarch, or with that of transformers' layers alone;
+        with only a note where its attention did not run, gives no weights, or would give too many to hold.
     """
     in_context = has_context(model)
     kinds = (nn.MultiheadAttention, *WINDOW_LAYERS)

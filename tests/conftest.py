@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 # oneDNN reads this when it first runs. Where a CPU has AVX512-FP16 it takes minutes to prepare a float16
 # depthwise convolution with rows of 15 taps or more, and the tests ask torch for such answers.
@@ -64,3 +65,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hears_ctrl_c():
+    """What a shell starts in the background ignores Ctrl-C, and so would every test in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

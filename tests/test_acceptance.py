@@ -148,7 +148,7 @@ def test_acceptance_shows_no_results_of_an_earlier_run_where_there_is_no_time(tm
     assert row["outcome"] == "no time" and row["counts"] == {}
 
 
-def test_acceptance_keeps_what_an_interrupted_step_wrote(tmp_path, monkeypatch):
+def test_acceptance_keeps_what_an_interrupted_step_wrote(tmp_path, monkeypatch, hears_ctrl_c):
     """Ctrl-C comes from within the step, which is then asked to end and counted as far as it came."""
     log, asked = tmp_path / "tests.jsonl", tmp_path / "asked"
     lines = [{"collected": ["a", "b"]}, {"test": "b", "outcome": "passed"}]

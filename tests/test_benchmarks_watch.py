@@ -131,7 +131,7 @@ def test_a_measuring_process_ends_with_its_parent(tmp_path):
     assert_ends_with_its_parent(command, tmp_path / "told", tmp_path / "rows.json")
 
 
-def test_ctrl_c_ends_a_process_that_does_not_listen(tmp_path, monkeypatch):
+def test_ctrl_c_ends_a_process_that_does_not_listen(tmp_path, monkeypatch, hears_ctrl_c):
     monkeypatch.setattr(watch, "GRACE_SECONDS", 0.2)
     told = tmp_path / "told"
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))

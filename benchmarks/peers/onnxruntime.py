@@ -76,7 +76,7 @@ def session_of(model: bytes):
 
 def prepare(twins: Twins, pass_name: str, case) -> Prepared:
     """The exported forward, its inputs bound to torch's memory, its outputs in the session's own."""
-    forward_on_cpu_alone("onnxruntime", ("onnx", "onnxruntime"), twins, pass_name)
+    forward_on_cpu_alone("onnxruntime", ("onnxruntime", "onnx"), twins, pass_name)
     exported = Exported(twins, case)
     arrays = exported.arrays(twins.inputs)
     is_operator = isinstance(twins.stock, Stock)
